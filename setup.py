@@ -1,4 +1,4 @@
-"""Builds `otface_cuda._C`. All else about the package is in pyproject.toml; what is decided, and why, in tools/toolchain.py."""
+"""Compiles `otface_cuda._C`. What is decided, and why, is in tools/toolchain.py; the rest is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -24,15 +24,7 @@ except ImportError:
     ) from None
 
 
-class IncrementalBuild(cpp_extension.BuildExtension):
-    """Keeps the object files, one folder per torch, where an editable install would compile all of them every time."""
-
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.build_temp = str(ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}")
-
-
-def extension() -> Any:
+def decide() -> toolchain.Decision:
     # A ninja that came with pip is beside Python, which is on PATH only in an activated environment.
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     toolchain.check_torch(torch.__version__)
@@ -40,36 +32,57 @@ def extension() -> Any:
     toolchain.check_ninja(os.environ)
     toolchain.check_python_headers(sysconfig.get_path("include"))
     toolkits = toolchain.find_toolkits(os.environ, sysconfig.get_path("purelib"))
-    decision = toolchain.decide(os.environ.get("OTFACE_CUDA", ""), torch.__version__, torch.version.cuda, toolkits)
-    print(f"otface_cuda: {decision}", file=sys.stderr)
+    return toolchain.decide(os.environ.get("OTFACE_CUDA", ""), torch.__version__, torch.version.cuda, toolkits)
 
+
+def extension(decision: toolchain.Decision) -> Extension:
     groups = json.loads((ROOT / "csrc" / "sources.json").read_text())
     sources = groups["kernels_cpu"] + groups["torch"]
-    common = ["-std=c++20", "-O3", "-g0", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    common += [f"-isystem{path}" for path in cpp_extension.include_paths()]  # no warnings from torch's headers
-    common += [f'-DOTFACE_BUILD_TORCH="{torch.__version__}"', f'-DOTFACE_BUILD_DECISION="{decision}"']
-    host = ["-Wall", "-Wextra", "-Wno-psabi", "-ffp-contract=fast", "-fvisibility=hidden"]
-    host += ["-Werror"] if os.environ.get("OTFACE_WERROR") == "1" else []
-    make: Any = cpp_extension.CppExtension
+    both = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    host = ["-Wall", "-Wextra", "-Wno-psabi", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"]
+    nvcc = []
+    if os.environ.get("OTFACE_WERROR") == "1":
+        host += ["-Werror"]
+        nvcc += ["-Werror=all-warnings"]
     if decision.toolkit:
-        make = cpp_extension.CUDAExtension
+        sources += groups["kernels_cuda"] + groups["torch_cuda"]
+        both += ["-DUSE_CUDA", "-DOTFACE_WITH_CUDA"]
         cpp_extension.CUDA_HOME = str(decision.toolkit.root)  # torch's own guess is wrong where nvcc is a script
         if not torch.cuda.is_available():
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", toolchain.DEFAULT_ARCHITECTURES)
-        sources += groups["kernels_cuda"] + groups["torch_cuda"]
-        common += ["-DUSE_CUDA", "-DOTFACE_WITH_CUDA"]
-    return make(
+    cxx = [f"-isystem{path}" for path in cpp_extension.include_paths()]  # no warnings about torch's headers
+    cxx += [f'-DOTFACE_BUILT_WITH="{torch.__version__}"', f"-DOTFACE_BUILT_FOR={json.dumps(str(decision))}"]
+
+    make: Any = cpp_extension.CUDAExtension if decision.toolkit else cpp_extension.CppExtension
+    made: Extension = make(
         "otface_cuda._C",
         [f"csrc/{source}" for source in sources],
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={"cxx": common + host, "nvcc": common + ["-Xcompiler=" + ",".join(host)]},
+        extra_compile_args={"cxx": both + host + cxx, "nvcc": [*both, *nvcc, "-Xcompiler=" + ",".join(host)]},
         py_limited_api=True,
     )
+    if decision.toolkit:
+        cudart = toolchain.cudart_library(decision.toolkit.root)
+        made.libraries = [cudart if library == "cudart" else library for library in made.libraries]
+    return made
 
 
-if __name__ == "__main__":
-    setup(
-        ext_modules=[extension()],
-        cmdclass={"build_ext": IncrementalBuild},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    )
+DECISION = decide()
+
+
+class Build(cpp_extension.BuildExtension):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # One lasting folder per torch, so that ninja compiles what changed. An editable install would use a new one.
+        self.build_temp = str(ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}")
+
+    def run(self) -> None:
+        print(f"otface_cuda: compiling for {DECISION}", file=sys.stderr)
+        super().run()
+
+
+setup(
+    ext_modules=[extension(DECISION)],
+    cmdclass={"build_ext": Build},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

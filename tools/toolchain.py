@@ -46,7 +46,7 @@ class Decision:
     reason: str
 
     def __str__(self) -> str:
-        return f"building {'with CUDA' if self.toolkit else 'for the CPU only'}: {self.reason}"
+        return f"{'CUDA and CPU' if self.toolkit else 'CPU only'}: {self.reason}"
 
 
 def decide(forced: str, torch_version: str, torch_cuda: str | None, toolkits: Iterator[Toolkit]) -> Decision:
@@ -60,7 +60,7 @@ def decide(forced: str, torch_version: str, torch_cuda: str | None, toolkits: It
         return Decision(None, "OTFACE_CUDA=0")
     if torch_cuda is None:
         if forced:
-            raise BuildError(f"OTFACE_CUDA=1, but torch {torch_version} is a build without CUDA; install one with CUDA.")
+            raise BuildError(f"OTFACE_CUDA=1, but torch {torch_version} has no CUDA; install a torch that has.")
         return Decision(None, f"torch {torch_version} has no CUDA")
 
     mismatched = None
@@ -99,7 +99,7 @@ def find_toolkits(env: Mapping[str, str], site_packages: str, installed: str = "
 
 
 def roots_of_nvcc(nvcc: str | None) -> list[Path]:
-    """Where the toolkit of an nvcc may be. It is often a script that starts the real one, so nvcc itself is asked first."""
+    """Where the toolkit of this nvcc may be. It is often a script that starts the real one, so nvcc is asked first."""
     if nvcc is None:
         return []
     said = run([nvcc, "--dryrun", "-x", "cu", os.devnull])
@@ -116,6 +116,15 @@ def as_toolkit(root: Path) -> Toolkit | None:
         return None
     release = re.search(r"release (\d+\.\d+)", run([str(nvcc), "--version"]))
     return Toolkit(root, release.group(1)) if release else None
+
+
+def cudart_library(root: Path) -> str:
+    """What the linker calls the CUDA runtime. nvidia's pip packages lack the plain name that -lcudart looks for."""
+    folders = [root / "lib64", root / "lib"]
+    if any((folder / "libcudart.so").exists() for folder in folders):
+        return "cudart"
+    numbered = [path.name for folder in folders for path in folder.glob("libcudart.so.*")]
+    return f":{numbered[0]}" if numbered else "cudart"
 
 
 def check_torch(version: str) -> None:

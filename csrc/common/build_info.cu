@@ -1,7 +1,7 @@
 // The only file that nvcc's own macros can be read in: what this build was compiled for.
-#include "common/build_info.h"
-
 #include <cuda_runtime_api.h>
+
+#include "common/build_info.h"
 
 #define OTFACE_STRING(...) #__VA_ARGS__
 #define OTFACE_EXPANDED_STRING(...) OTFACE_STRING(__VA_ARGS__)

@@ -6,8 +6,6 @@
 namespace otface {
 namespace {
 
-constexpr Isa kAll[] = {Isa::baseline, Isa::avx2, Isa::avx512};
-
 struct Choice {
   Isa isa = Isa::baseline;
   std::string error;
@@ -16,14 +14,14 @@ struct Choice {
 Choice choose() {
   Choice choice;
   std::string supported;
-  for (const Isa isa : kAll) {
+  for (const Isa isa : kEveryIsa) {
     if (!cpu_isa_supported(isa)) continue;
     choice.isa = isa;
     supported += (supported.empty() ? "" : ", ") + std::string(cpu_isa_name(isa));
   }
   const char* asked = std::getenv("OTFACE_CPU_ISA");
   if (asked == nullptr || *asked == '\0') return choice;
-  for (const Isa isa : kAll) {
+  for (const Isa isa : kEveryIsa) {
     if (cpu_isa_supported(isa) && std::string(asked) == cpu_isa_name(isa)) return {isa, ""};
   }
   choice.error =
@@ -55,8 +53,8 @@ bool cpu_isa_supported(Isa isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
   // These also ask the operating system whether it saves the wide registers.
   if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
 #else
   return false;
 #endif

@@ -2,8 +2,9 @@
 
 namespace otface {
 
-// The instruction sets the CPU kernels are compiled for, from slowest to fastest. Outside x86-64 only `baseline` exists.
+// The instruction sets the CPU kernels are compiled for, slowest first. Outside x86-64 there is only `baseline`.
 enum class Isa { baseline, avx2, avx512 };
+inline constexpr Isa kEveryIsa[] = {Isa::baseline, Isa::avx2, Isa::avx512};
 
 // "baseline", "avx2" or "avx512": the values of the environment variable OTFACE_CPU_ISA.
 const char* cpu_isa_name(Isa isa);
@@ -11,8 +12,8 @@ const char* cpu_isa_name(Isa isa);
 // Whether this processor can run kernels of that instruction set.
 bool cpu_isa_supported(Isa isa);
 
-// The instruction set to use: the fastest supported one, or the one OTFACE_CPU_ISA asks for. Chosen at the first call and
-// fixed from then on, so that one process never mixes the rounding of two instruction sets.
+// The instruction set to use: the fastest supported one, or the one OTFACE_CPU_ISA asks for. Chosen at the first call
+// and fixed from then on, so that one process never mixes the rounding of two instruction sets.
 Isa cpu_isa();
 
 // One sentence if OTFACE_CPU_ISA asks for something this processor does not have (cpu_isa() then ignores it), else "".

@@ -14,12 +14,18 @@ namespace {
 std::string build_info() {
   std::string text;
   const auto add = [&text](const char* key, const std::string& value) { text += key + ("=" + value + "\n"); };
-  add("decision", OTFACE_BUILD_DECISION);
-  add("torch", OTFACE_BUILD_TORCH);
+  add("built_for", OTFACE_BUILT_FOR);
+  add("built_with", OTFACE_BUILT_WITH);
 #ifdef OTFACE_WITH_CUDA
   add("cuda", std::to_string(otface::cuda_toolkit_version()));
   add("cuda_architectures", otface::cuda_architectures());
 #endif
+  std::string supported;
+  for (const otface::Isa isa : otface::kEveryIsa) {
+    if (otface::cpu_isa_supported(isa))
+      supported += (supported.empty() ? "" : ",") + std::string(otface::cpu_isa_name(isa));
+  }
+  add("cpu_isa_supported", supported);
   add("cpu_isa", otface::cpu_isa_name(otface::cpu_isa()));
   add("cpu_isa_error", otface::cpu_isa_error());
   return text;

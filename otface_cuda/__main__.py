@@ -1,0 +1,5 @@
+"""`python -m otface_cuda` prints `otface_cuda.info()`."""
+
+from . import info
+
+print(info())
