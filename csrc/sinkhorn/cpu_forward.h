@@ -1,0 +1,268 @@
+// The solve. Part of the translation unit of one instruction set: include through cpu_kernels.h only.
+//
+// One problem stays with one thread (or, when it is large, with all of them) until it is done; K stays in L1 or L2. Two
+// small problems are in flight per thread, an iteration of one after an iteration of the other: the chain of dependent
+// operations between two iterations (sum of lanes, division, next multiply-add) hides behind the other problem's work.
+//
+// Per iteration and problem: 2 n m multiply-adds, one read of K (4 n m bytes in float).
+#pragma once
+
+#include "sinkhorn/cpu_kernel_matrix.h"
+
+namespace otface::sinkhorn {
+namespace {
+
+template <class T>
+class ForwardSolver {
+ public:
+  // Reads the problem and does its first iteration. Writes the results at once, and returns false, if that cannot be done.
+  bool start(const ForwardParams& params, int64_t index, const Executor* executor) {
+    params_ = &params;
+    problem_.read(params.problems, index);
+    const Problem<T>& p = problem_;
+    matrix_.attach(&problem_, executor);
+    for (Buffer<T>& r : r_) fill(r.resize(p.padded_rows), p.padded_rows, T(1));
+    for (Buffer<T>& s : s_) fill(s.resize(p.padded_cols), p.padded_cols, T(1));
+    x_.resize(p.padded_cols);
+    start_g_.resize(p.padded_cols);
+    tol_ = params.tol[index * params.tol_stride];
+    current_ = 0;
+    iteration_ = 1;
+    const T* init = static_cast<const T*>(params.init_g);
+    bool finite = true;
+    for (int64_t j = 0; j < p.padded_cols; ++j) {
+      start_g_[j] = init != nullptr && j < p.cols ? static_cast<double>(init[index * params.problems.m + j]) : 0.0;
+      finite = finite && start_g_[j] > -infinity && start_g_[j] < infinity;
+    }
+    if (!p.valid || !finite || !build(0)) {
+      write_failure();
+      return false;
+    }
+    return true;
+  }
+
+  // One more iteration; false when the problem was done already.
+  bool step() {
+    const Problem<T>& p = problem_;
+    if (iteration_ >= params_->max_iter) return false;
+    const int last = current_, next = 1 - current_;
+    T *r = r_[next], *s = s_[next];
+    scale_columns(s_[last]);
+    matrix_.sweep(x_, s, [&](int64_t i, Four<T> y) {
+      const Four<T> sums = y + load<Four<T>>(matrix_.empty_row() + i);
+      store(r + i, sums);
+      return load<Four<T>>(p.a + i) / sums;
+    });
+    matrix_.finish_sums(r, s);
+    // The row sums of this sweep tell how far the plan of the last iteration was from its row marginals.
+    if (tol_ > 0 && iteration_ % params_->check_every == 0 && row_violation(r_[last], r) <= tol_) return false;
+    ++iteration_;
+    if (all_within(r, p.padded_rows, Band<T>::low, Band<T>::high) &&
+        all_within(s, p.padded_cols, Band<T>::low, Band<T>::high)) {
+      current_ = next;
+      record();
+      return true;
+    }
+    subtract_eps_log(matrix_.g0(), p.eps, s_[last].data(), p.padded_cols, start_g_.data());
+    current_ = next;
+    if (build(next)) return true;
+    iteration_ = 0;  // no solution
+    return false;
+  }
+
+  void finish() {
+    if (iteration_ == 0) {
+      write_failure();
+      return;
+    }
+    write_plan_and_sums();
+    write_potentials();
+  }
+
+ private:
+  static void fill(T* x, int64_t count, T value) {
+    for (int64_t k = 0; k < count; ++k) x[k] = value;
+  }
+
+  // x = b / s, the scaled columns that the next sweep multiplies with.
+  void scale_columns(const T* s) {
+    for (int64_t j = 0; j < problem_.padded_cols; j += lanes<T>)
+      store(x_ + j, load<Vec<T>>(problem_.b + j) / load<Vec<T>>(s + j));
+  }
+
+  // K anew from start_g_, which is first rounded to what the history can hold: the gradient then sees the same bits.
+  bool build(int into) {
+    const Problem<T>& p = problem_;
+    T* slot = history_slot();
+    for (int64_t j = 0; j < p.padded_cols; ++j) {
+      const T high = static_cast<T>(start_g_[j]);
+      const T low = static_cast<T>(start_g_[j] - static_cast<double>(high));
+      start_g_[j] = static_cast<double>(high) + static_cast<double>(low);
+      if (slot != nullptr && j < p.cols) slot[j] = high, slot[params_->problems.m + j] = low;
+    }
+    if (slot != nullptr) rebuilt() = 1;
+    bool columns_too;
+    return matrix_.build(start_g_, r_[into], s_[into], columns_too);
+  }
+
+  void record() {
+    T* slot = history_slot();
+    if (slot == nullptr) return;
+    std::memcpy(slot, s_[current_].data(), static_cast<size_t>(problem_.cols) * sizeof(T));
+    std::memcpy(slot + params_->problems.m, r_[current_].data(), static_cast<size_t>(problem_.rows) * sizeof(T));
+    rebuilt() = 0;
+  }
+
+  T* history_slot() const {
+    const HistoryView& h = params_->history;
+    if (h.slots == nullptr) return nullptr;
+    return static_cast<T*>(h.slots) + (problem_.index * h.max_iter + iteration_ - 1) * h.slot;
+  }
+  uint8_t& rebuilt() const {
+    return params_->history.rebuilt[problem_.index * params_->history.max_iter + iteration_ - 1];
+  }
+
+  // || P 1 - a ||_1 / W of the iterate with row sums `own`, when `next` are the row sums after its column update.
+  double row_violation(const T* own, const T* next) const {
+    double sum = 0;
+    for (int64_t i = 0; i < problem_.rows; ++i) {
+      const double ratio = static_cast<double>(next[i]) / static_cast<double>(own[i]);
+      sum += static_cast<double>(problem_.a[i]) * __builtin_fabs(ratio - 1);
+    }
+    return sum / problem_.mass_a;
+  }
+
+  // Row i of the plan is (a_i / r_i) K_ij x_j: its sum, its cost, and the row itself where it is asked for.
+  void write_plan_and_sums() {
+    const Problem<T>& p = problem_;
+    const Problems& all = params_->problems;
+    scale_columns(s_[current_]);
+    const T* r = r_[current_];
+    T* plan = static_cast<T*>(params_->plan);
+    if (plan != nullptr) plan += p.index * all.n * all.m;
+    block_sums_.resize(2 * p.blocks.count);
+    row_.resize(2 * p.blocks.count * p.padded_cols);
+    const Vec<T> largest = broadcast<Vec<T>>(std::numeric_limits<T>::max());
+    matrix_.for_blocks([&](int64_t block, int64_t begin, int64_t end) {
+      T *c = row_ + 2 * block * p.padded_cols, *out = c + p.padded_cols;
+      double violation = 0, cost = 0;
+      for (int64_t i = begin; i < (end < p.rows ? end : p.rows); ++i) {
+        p.cost.read(i, c);
+        const T* k = matrix_.data() + i * p.padded_cols;
+        const T scale = p.a[i] / r[i];
+        Vec<T> mass_v{}, cost_v{};
+        for (int64_t j = 0; j < p.padded_cols; j += lanes<T>) {
+          const Vec<T> entry = load<Vec<T>>(k + j) * load<Vec<T>>(x_ + j);
+          mass_v += entry;
+          cost_v += entry * vmin(load<Vec<T>>(c + j), largest);  // a forbidden pair: 0 times a finite number
+          if (plan != nullptr) store(out + j, entry * scale);
+        }
+        if (plan != nullptr) {
+          std::memcpy(plan + i * all.m, out, static_cast<size_t>(p.cols) * sizeof(T));
+          fill(plan + i * all.m + p.cols, all.m - p.cols, T(0));
+        }
+        violation += __builtin_fabs(static_cast<double>(scale) * static_cast<double>(sum_lanes<T>(mass_v)) -
+                                    static_cast<double>(p.a[i]));
+        cost += static_cast<double>(scale) * static_cast<double>(sum_lanes<T>(cost_v));
+      }
+      block_sums_[2 * block] = violation;
+      block_sums_[2 * block + 1] = cost;
+    });
+    double violation = 0, cost = 0;
+    for (int64_t block = 0; block < p.blocks.count; ++block) {
+      violation += block_sums_[2 * block];
+      cost += block_sums_[2 * block + 1];
+    }
+    if (plan != nullptr) fill(plan + p.rows * all.m, (all.n - p.rows) * all.m, T(0));
+    const double error = violation / p.mass_a;
+    static_cast<T*>(params_->transport_cost)[p.index] = static_cast<T>(cost);
+    static_cast<T*>(params_->error)[p.index] = static_cast<T>(error);
+    params_->n_iter[p.index] = iteration_;
+    params_->converged[p.index] = error <= tol_;
+  }
+
+  // f and g, shifted so that <a, f> = <b, g>, and the value <a, f> + <b, g>.
+  void write_potentials() {
+    const Problem<T>& p = problem_;
+    const Problems& all = params_->problems;
+    f_.resize(p.padded_rows);
+    subtract_eps_log(matrix_.f0(), p.eps, r_[current_].data(), p.padded_rows, f_.data());
+    subtract_eps_log(matrix_.g0(), p.eps, s_[current_].data(), p.padded_cols, start_g_.data());
+    double af = 0, bg = 0;
+    for (int64_t i = 0; i < p.rows; ++i) af += static_cast<double>(p.a[i]) * f_[i];
+    for (int64_t j = 0; j < p.cols; ++j) bg += static_cast<double>(p.b[j]) * start_g_[j];
+    const double shift = (bg - af) / (p.mass_a + p.mass_b);
+    T* f = static_cast<T*>(params_->f) + p.index * all.n;
+    T* g = static_cast<T*>(params_->g) + p.index * all.m;
+    double* potentials = params_->potentials + p.index * (all.n + all.m);
+    for (int64_t i = 0; i < all.n; ++i) {
+      potentials[i] = i < p.rows ? f_[i] + shift : 0.0;
+      f[i] = static_cast<T>(potentials[i]);
+    }
+    for (int64_t j = 0; j < all.m; ++j) {
+      potentials[all.n + j] = j < p.cols ? start_g_[j] - shift : 0.0;
+      g[j] = static_cast<T>(potentials[all.n + j]);
+    }
+    static_cast<T*>(params_->value)[p.index] = static_cast<T>(af + bg + (p.mass_a - p.mass_b) * shift);
+  }
+
+  // The outputs of a problem without a solution: NaN where a number was asked for, zero in the padding.
+  void write_failure() {
+    const Problem<T>& p = problem_;
+    const Problems& all = params_->problems;
+    const T bad = static_cast<T>(nan);
+    static_cast<T*>(params_->value)[p.index] = bad;
+    static_cast<T*>(params_->transport_cost)[p.index] = bad;
+    static_cast<T*>(params_->error)[p.index] = bad;
+    params_->n_iter[p.index] = 0;
+    params_->converged[p.index] = false;
+    T* f = static_cast<T*>(params_->f) + p.index * all.n;
+    T* g = static_cast<T*>(params_->g) + p.index * all.m;
+    double* potentials = params_->potentials + p.index * (all.n + all.m);
+    for (int64_t i = 0; i < all.n; ++i) f[i] = i < p.rows ? bad : T(0), potentials[i] = static_cast<double>(f[i]);
+    for (int64_t j = 0; j < all.m; ++j) g[j] = j < p.cols ? bad : T(0), potentials[all.n + j] = static_cast<double>(g[j]);
+    if (params_->plan == nullptr) return;
+    T* plan = static_cast<T*>(params_->plan) + p.index * all.n * all.m;
+    for (int64_t i = 0; i < all.n; ++i)
+      for (int64_t j = 0; j < all.m; ++j) plan[i * all.m + j] = i < p.rows && j < p.cols ? bad : T(0);
+  }
+
+  const ForwardParams* params_ = nullptr;
+  Problem<T> problem_;
+  KernelMatrix<T> matrix_;
+  Buffer<T> r_[2], s_[2];  // row and column sums of the current and of the other iterate
+  int current_ = 0;
+  int64_t iteration_ = 0;
+  double tol_ = 0;
+  Buffer<T> x_;
+  Buffer<double> start_g_, f_;
+  Buffer<double> block_sums_;
+  Buffer<T> row_;
+};
+
+template <class T>
+void forward(const ForwardParams& params, const Executor& executor) {
+  const Problems& all = params.problems;
+  const int64_t small = 16 * 1024 / static_cast<int64_t>(sizeof(T));  // entries of K, so that two fit in L1
+  const int in_flight = round_up(all.n, 4) * round_up(all.m, lanes<T>) <= small ? 2 : 1;
+  for_each_worker<T>(all, executor, [&](Executor inner, const auto& next) {
+    ForwardSolver<T> solvers[2];
+    bool busy[2] = {false, false};
+    const auto start_next = [&](int slot) {
+      for (int64_t index = next(); index >= 0; index = next())
+        if (solvers[slot].start(params, index, &inner)) return true;
+      return false;
+    };
+    for (int slot = 0; slot < in_flight; ++slot) busy[slot] = start_next(slot);
+    while (busy[0] || busy[1]) {
+      for (int slot = 0; slot < in_flight; ++slot) {
+        if (!busy[slot] || solvers[slot].step()) continue;
+        solvers[slot].finish();
+        busy[slot] = start_next(slot);
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace otface::sinkhorn

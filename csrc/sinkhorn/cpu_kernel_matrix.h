@@ -1,0 +1,366 @@
+// The matrix K that is kept on chip for a whole solve, how it is (re)built, and the one sweep that an iteration is.
+// Part of the translation unit of one instruction set: include through cpu_kernels.h only.
+//
+// With base potentials (f0, g0) absorbed,
+//
+//   K_ij = exp((f0_i + g0_j - C_ij) / eps),   f_i = f0_i - eps * log r_i,   g_j = g0_j - eps * log s_j,
+//   P_ij = (a_i / r_i) K_ij (b_j / s_j),
+//
+// and one iteration of Sinkhorn is r = K (b / s), then s = K^T (a / r): multiply-adds. Row i gives r_i and at once its
+// part of s, so K is read once per iteration (`sweep`). Base potentials are doubles, and so are the differences
+// f0_i + g0_j - C_ij before they are divided by eps: K is exact to rounding of Real, however small eps is against C.
+#pragma once
+
+#include "sinkhorn/cpu_problem.h"
+
+namespace otface::sinkhorn {
+namespace {
+
+// Row and column sums stay within exp(-band) .. exp(band); outside, the iteration is done again as a log-sum-exp. Entries
+// of K that underflow are then below exp(2 band) times the smallest normal number, against sums of 1.
+template <class T>
+struct Band;
+template <>
+struct Band<float> {
+  static constexpr float low = 2.0611536e-9f, high = 4.8516520e8f;  // exp(-20), exp(20)
+};
+template <>
+struct Band<double> {
+  static constexpr double low = 1.3838965e-87, high = 7.2259738e86;  // exp(-200), exp(200)
+};
+constexpr double small_sum = 1e-4;  // a freshly built row or column whose sum is below this is scaled to a sum of 1
+
+template <class T>
+bool all_within(const T* x, int64_t count, T low, T high) {  // count is a multiple of the lanes; false for NaN
+  Vec<T> least = load<Vec<T>>(x), most = least;
+  auto ordered = least == least;
+  for (int64_t k = 0; k < count; k += lanes<T>) {
+    const Vec<T> v = load<Vec<T>>(x + k);
+    least = vmin(v, least);
+    most = vmax(v, most);
+    ordered &= v == v;
+  }
+  bool ok = true;
+  for (int k = 0; k < lanes<T>; ++k) ok = ok && ordered[k] != 0 && least[k] >= low && most[k] <= high;
+  return ok;
+}
+
+// out_j = (f + g_j) - c_j, in double.
+template <class T>
+void add_potentials(const T* c, double f, const double* g, int64_t count, double* out) {
+  for (int64_t j = 0; j < count; ++j) out[j] = (f + g[j]) - static_cast<double>(c[j]);
+}
+
+// out_j = exp(difference_j / eps); a difference of -inf gives 0.
+template <class T>
+void exp_of(const double* difference, double inverse_eps, int64_t count, T* out) {
+  for (int64_t j = 0; j < count; ++j) out[j] = static_cast<T>(difference[j] * inverse_eps);
+  for (int64_t j = 0; j < count; j += lanes<T>) store(out + j, vexp(load<Vec<T>>(out + j)));
+}
+
+inline double least_of(const double* x, const double* skip, int64_t count) {  // count is a multiple of the lanes
+  Vec<double> least = load<Vec<double>>(x) + load<Vec<double>>(skip);
+  for (int64_t j = lanes<double>; j < count; j += lanes<double>)
+    least = vmin(load<Vec<double>>(x + j) + load<Vec<double>>(skip + j), least);
+  return -max_lane<double>(-least);
+}
+
+template <class T>
+bool has_nan_or_minus_infinity(const T* c, int64_t count) {
+  auto fine = Vec<T>{} == Vec<T>{};
+  const T minus_infinity = static_cast<T>(-infinity);
+  for (int64_t j = 0; j < count; j += lanes<T>) fine &= load<Vec<T>>(c + j) > minus_infinity;
+  for (int k = 0; k < lanes<T>; ++k)
+    if (fine[k] == 0) return true;
+  return false;
+}
+
+// potentials_i = base_i - eps * log sum_i; count is a multiple of the lanes of T.
+template <class T>
+void subtract_eps_log(const double* base, double eps, const T* sum, int64_t count, double* potentials) {
+  for (int64_t i = 0; i < count; i += lanes<double>) {
+    double x[lanes<double>];
+    for (int k = 0; k < lanes<double>; ++k) x[k] = static_cast<double>(sum[i + k]);
+    store(potentials + i, load<Vec<double>>(base + i) - eps * vlog(load<Vec<double>>(x)));
+  }
+}
+
+// The sweep over rows [begin, end) of K [.., ld], both multiples of 4:  y_i = K_i . x,  w = weigh(i, y) for four rows at
+// a time,  s = sum_i w_i K_i.  Rows are read twice while they are in registers (Width > 0, ld = Width vectors) or in L1.
+template <class T, int Width, class Weigh>
+OTFACE_INLINE void sweep_rows(const T* K, int64_t ld, int64_t begin, int64_t end, const T* x, T* s, const Weigh& weigh) {
+  using V = Vec<T>;
+  constexpr int W = lanes<T>;
+  if constexpr (Width > 0) {
+    V x_v[Width], s_v[Width];
+    for (int v = 0; v < Width; ++v) x_v[v] = load<V>(x + v * W), s_v[v] = V{};
+    for (int64_t i = begin; i < end; i += 4) {
+      const T* row = K + i * (Width * W);
+      V y[4] = {};
+      for (int v = 0; v < Width; ++v)
+        for (int q = 0; q < 4; ++q) y[q] += load<V>(row + (q * Width + v) * W) * x_v[v];
+      const Four<T> w = weigh(i, sum_lanes(y[0], y[1], y[2], y[3]));
+      for (int v = 0; v < Width; ++v) {
+        V part = load<V>(row + v * W) * w[0];
+        for (int q = 1; q < 4; ++q) part += load<V>(row + (q * Width + v) * W) * w[q];
+        s_v[v] += part;
+      }
+    }
+    for (int v = 0; v < Width; ++v) store(s + v * W, s_v[v]);
+  } else {
+    for (int64_t j = 0; j < ld; j += W) store(s + j, V{});
+    for (int64_t i = begin; i < end; i += 4) {
+      const T* row = K + i * ld;
+      V y[4] = {}, z[4] = {};  // even and odd vectors apart: two chains of multiply-adds per row
+      int64_t j = 0;
+      for (; j + 2 * W <= ld; j += 2 * W) {
+        const V x0 = load<V>(x + j), x1 = load<V>(x + j + W);
+        for (int q = 0; q < 4; ++q) {
+          y[q] += load<V>(row + q * ld + j) * x0;
+          z[q] += load<V>(row + q * ld + j + W) * x1;
+        }
+      }
+      if (j < ld)
+        for (int q = 0; q < 4; ++q) y[q] += load<V>(row + q * ld + j) * load<V>(x + j);
+      const Four<T> w = weigh(i, sum_lanes(y[0] + z[0], y[1] + z[1], y[2] + z[2], y[3] + z[3]));
+      for (j = 0; j < ld; j += W) {
+        V part = load<V>(row + j) * w[0];
+        for (int q = 1; q < 4; ++q) part += load<V>(row + q * ld + j) * w[q];
+        store(s + j, load<V>(s + j) + part);
+      }
+    }
+  }
+}
+
+template <class T, class Weigh>
+void sweep_block(const T* K, int64_t ld, int64_t begin, int64_t end, const T* x, T* s, const Weigh& weigh) {
+  switch (ld / lanes<T>) {
+    case 1: return sweep_rows<T, 1>(K, ld, begin, end, x, s, weigh);
+    case 2: return sweep_rows<T, 2>(K, ld, begin, end, x, s, weigh);
+    case 3: return sweep_rows<T, 3>(K, ld, begin, end, x, s, weigh);
+    case 4: return sweep_rows<T, 4>(K, ld, begin, end, x, s, weigh);
+    default: return sweep_rows<T, 0>(K, ld, begin, end, x, s, weigh);
+  }
+}
+
+template <class T>
+class KernelMatrix {
+ public:
+  void attach(const Problem<T>* problem, const Executor* executor) {
+    p_ = problem;
+    executor_ = executor;
+    K_.resize(p_->padded_rows * p_->padded_cols);
+    f0_.resize(p_->padded_rows);
+    g0_.resize(p_->padded_cols);
+    empty_row_.resize(p_->padded_rows);
+    empty_col_.resize(p_->padded_cols);
+    partial_.resize(p_->blocks.count * p_->padded_cols);
+    difference_.resize(p_->blocks.count * p_->padded_cols);
+    row_.resize(p_->blocks.count * p_->padded_cols);
+    for (int64_t i = 0; i < p_->padded_rows; ++i) empty_row_[i] = i < p_->rows ? T(0) : T(1), f0_[i] = 0;
+    for (int64_t j = 0; j < p_->padded_cols; ++j) empty_col_[j] = j < p_->cols ? T(0) : T(1), g0_[j] = 0;
+    for (int64_t k = p_->rows * p_->padded_cols; k < p_->padded_rows * p_->padded_cols; ++k) K_[k] = 0;
+  }
+
+  const T* data() const { return K_; }
+  const double* f0() const { return f0_; }  // [padded_rows], zero in the padding
+  const double* g0() const { return g0_; }  // [padded_cols], zero in the padding
+  const T* empty_row() const { return empty_row_; }  // [padded_rows], 1 where no pair is allowed (and in the padding)
+  const T* empty_col() const { return empty_col_; }  // [padded_cols]; added to the sums, they make such a sum 1, its log 0
+
+  // One iteration in the log domain from g, which leaves K, the base potentials and the sums r, s. `columns_too` tells
+  // whether the columns had to be normalised as well, so that g0 is not g. False: the cost has a NaN or a -inf, or a row
+  // or column of positive weight without an allowed pair, and the problem has no solution.
+  bool build(const double* g, T* r, T* s, bool& columns_too) {
+    columns_too = false;
+    if (!build_rows(g, r, s)) return false;
+    if (all_within(s, p_->padded_cols, Band<T>::low, Band<T>::high)) return true;
+    columns_too = true;
+    return build_columns(r, s);
+  }
+
+  // The first half of an iteration: f from g by a row-wise log-sum-exp. g0 = g, and s are the column sums for that f.
+  bool build_rows(const double* g, T* r, T* s) {
+    const Problem<T>& p = *p_;
+    bool ok = true, g_is_zero = true;
+    for (int64_t j = 0; j < p.padded_cols; ++j) {
+      g0_[j] = g[j];
+      g_is_zero = g_is_zero && g[j] == 0;
+    }
+    for_blocks([&](int64_t block, int64_t begin, int64_t end) {
+      T* c = row_ + block * p.padded_cols;
+      double* difference = difference_ + block * p.padded_cols;
+      for (int64_t i = begin; i < (end < p.rows ? end : p.rows); ++i) {
+        p.cost.read(i, c);
+        if (has_nan_or_minus_infinity(c, p.padded_cols)) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
+        // f0_i = min_j (C_ij - g_j) over the columns that have weight: the largest of those entries of row i of K is 1.
+        T* k = K_ + i * p.padded_cols;
+        double least;
+        if (g_is_zero && !p.has_zero_in_b) {
+          least = exp_of_row_minimum(c, k);
+        } else {
+          for (int64_t j = 0; j < p.padded_cols; ++j) difference[j] = static_cast<double>(c[j]) - g[j];
+          least = least_of(difference, p.skip, p.padded_cols);
+          if (least < infinity) {
+            for (int64_t j = 0; j < p.padded_cols; ++j) difference[j] = least - difference[j];
+            exp_of(difference, p.inverse_eps(), p.padded_cols, k);
+          }
+        }
+        if (least < infinity) {
+          f0_[i] = least;
+        } else {
+          for (int64_t j = 0; j < p.padded_cols; ++j) k[j] = 0;
+          f0_[i] = 0;
+          empty_row_[i] = 1;
+          if (p.a[i] > 0) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
+        }
+      }
+    });
+    if (!ok) return false;
+    sweep(p.b, s, [&](int64_t i, Four<T> y) {
+      const Four<T> sums = y + load<Four<T>>(empty_row_ + i);
+      store(r + i, sums);
+      return load<Four<T>>(p.a + i) / sums;
+    });
+    finish_sums(r, s);
+    // Weights of very different size leave tiny sums, which would be outside the band from the start.
+    for (int64_t i = 0; i < p.rows; ++i) {
+      if (!(r[i] < static_cast<T>(small_sum))) continue;
+      const T scale = T(1) / r[i];
+      T* k = K_ + i * p.padded_cols;
+      for (int64_t j = 0; j < p.padded_cols; ++j) k[j] *= scale;
+      f0_[i] -= p.eps * __builtin_log(static_cast<double>(r[i]));
+      r[i] = 1;
+    }
+    return all_within(r, p.padded_rows, std::numeric_limits<T>::min(), std::numeric_limits<T>::max());
+  }
+
+  // K for the given potentials ([rows], [cols]), whatever their sums may be.
+  void absorb(const double* f, const double* g) {
+    for (int64_t i = 0; i < p_->rows; ++i) f0_[i] = f[i];
+    for (int64_t j = 0; j < p_->cols; ++j) g0_[j] = g[j];
+    fill_from_potentials();
+  }
+
+  // s = K^T w, where y = K x and w = weigh(i, y_i .. y_i+3) for every fourth i.
+  template <class Weigh>
+  void sweep(const T* x, T* s, const Weigh& weigh) const {
+    const int64_t ld = p_->padded_cols;
+    if (p_->blocks.count == 1) {
+      sweep_block(K_.data(), ld, 0, p_->swept_rows, x, s, weigh);
+      return;
+    }
+    for_blocks([&](int64_t block, int64_t begin, int64_t end) {
+      sweep_block(K_.data(), ld, begin, end, x, partial_ + block * ld, weigh);
+    });
+    for (int64_t j = 0; j < ld; j += lanes<T>) {
+      Vec<T> sum = load<Vec<T>>(partial_ + j);
+      for (int64_t block = 1; block < p_->blocks.count; ++block) sum += load<Vec<T>>(partial_ + block * ld + j);
+      store(s + j, sum);
+    }
+  }
+
+  // f(block, first row, last row + 1), possibly on several threads.
+  template <class F>
+  void for_blocks(const F& f) const {
+    run(*executor_, p_->blocks.count, [&](int64_t block) {
+      f(block, p_->blocks.begin(block), p_->blocks.end(block, p_->swept_rows));
+    });
+  }
+
+  // The sums of empty columns and of the padding become 1.
+  void finish_sums(T* r, T* s) const {
+    for (int64_t i = p_->swept_rows; i < p_->padded_rows; ++i) r[i] = 1;
+    for (int64_t j = 0; j < p_->padded_cols; j += lanes<T>)
+      store(s + j, load<Vec<T>>(s + j) + load<Vec<T>>(empty_col_ + j));
+  }
+
+ private:
+  // The common first iteration, from g = 0: k_j = exp((min c - c_j) / eps), in Real throughout. The difference of two
+  // Reals is exact to rounding, so nothing is lost.
+  double exp_of_row_minimum(const T* c, T* k) const {
+    using V = Vec<T>;
+    V least_v = load<V>(c);
+    for (int64_t j = lanes<T>; j < p_->padded_cols; j += lanes<T>) least_v = vmin(load<V>(c + j), least_v);
+    const T least = -max_lane<T>(-least_v);
+    if (!(least < std::numeric_limits<T>::infinity())) return infinity;
+    const double largest = static_cast<double>(std::numeric_limits<T>::max());
+    const T inverse_eps = static_cast<T>(p_->inverse_eps() < largest ? p_->inverse_eps() : largest);
+    for (int64_t j = 0; j < p_->padded_cols; j += lanes<T>)
+      store(k + j, vexp((least - load<V>(c + j)) * inverse_eps));
+    return static_cast<double>(least);
+  }
+
+  void fill_from_potentials() {
+    const Problem<T>& p = *p_;
+    for_blocks([&](int64_t block, int64_t begin, int64_t end) {
+      T* c = row_ + block * p.padded_cols;
+      double* difference = difference_ + block * p.padded_cols;
+      for (int64_t i = begin; i < (end < p.rows ? end : p.rows); ++i) {
+        if (empty_row_[i] > 0) continue;
+        p.cost.read(i, c);
+        add_potentials(c, f0_[i], g0_.data(), p.padded_cols, difference);
+        exp_of(difference, p.inverse_eps(), p.padded_cols, K_ + i * p.padded_cols);
+      }
+    });
+  }
+
+  // The second half, when column sums left the band: g from f by a column-wise log-sum-exp.
+  // f0 becomes f, so that r = 1, and g0_j = min_i (C_ij - f_i) over the rows that have weight.
+  bool build_columns(T* r, T* s) {
+    const Problem<T>& p = *p_;
+    subtract_eps_log(f0_.data(), p.eps, r, p.padded_rows, f0_.data());
+    for_blocks([&](int64_t block, int64_t begin, int64_t end) {
+      T* c = row_ + block * p.padded_cols;
+      double* least = difference_ + block * p.padded_cols;
+      for (int64_t j = 0; j < p.padded_cols; ++j) least[j] = infinity;
+      for (int64_t i = begin; i < (end < p.rows ? end : p.rows); ++i) {
+        if (!(p.a[i] > 0)) continue;
+        p.cost.read(i, c);
+        for (int64_t j = 0; j < p.padded_cols; ++j) {
+          const double x = static_cast<double>(c[j]) - f0_[i];
+          least[j] = x < least[j] ? x : least[j];
+        }
+      }
+    });
+    for (int64_t j = 0; j < p.padded_cols; ++j) {
+      double least = difference_[j];
+      for (int64_t block = 1; block < p.blocks.count; ++block) {
+        const double x = difference_[block * p.padded_cols + j];
+        least = x < least ? x : least;
+      }
+      g0_[j] = least < infinity ? least : -infinity;
+      if (least < infinity) continue;
+      if (p.b[j] > 0) return false;
+      empty_col_[j] = 1;
+    }
+    fill_from_potentials();
+    for (int64_t j = 0; j < p.padded_cols; ++j)
+      if (empty_col_[j] > 0) g0_[j] = 0;
+    sweep(p.b, s, [&](int64_t i, Four<T>) {
+      store(r + i, Four<T>{1, 1, 1, 1});
+      return load<Four<T>>(p.a + i);
+    });
+    finish_sums(r, s);
+    for (int64_t j = 0; j < p.cols; ++j) {
+      if (!(s[j] < static_cast<T>(small_sum))) continue;
+      const T scale = T(1) / s[j];
+      for (int64_t i = 0; i < p.rows; ++i) K_[i * p.padded_cols + j] *= scale;
+      g0_[j] -= p.eps * __builtin_log(static_cast<double>(s[j]));
+      s[j] = 1;
+    }
+    return all_within(s, p.padded_cols, std::numeric_limits<T>::min(), std::numeric_limits<T>::max());
+  }
+
+  const Problem<T>* p_ = nullptr;
+  const Executor* executor_ = nullptr;
+  Buffer<T> K_;  // [padded_rows, padded_cols], zero in the padding
+  Buffer<double> f0_, g0_;
+  Buffer<T> empty_row_, empty_col_;
+  mutable Buffer<T> partial_;  // [blocks, padded_cols]: column sums of each block
+  Buffer<double> difference_;  // [blocks, padded_cols]
+  Buffer<T> row_;              // [blocks, padded_cols]
+};
+
+}  // namespace
+}  // namespace otface::sinkhorn

@@ -1,0 +1,233 @@
+// One problem of the batch, cut to its valid size, as the CPU kernels see it; and the loop over all of them.
+// Part of the translation unit of one instruction set: include through cpu_kernels.h only.
+#pragma once
+
+#include <cstddef>
+#include <limits>
+#include <new>
+
+#include "common/executor.h"
+#include "common/vec.h"
+#include "sinkhorn/params.h"
+
+namespace otface::sinkhorn {
+namespace {
+
+constexpr double infinity = std::numeric_limits<double>::infinity();
+constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+
+// Scratch memory that grows and is reused from problem to problem; aligned for any vector, contents unspecified.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { release(); }
+  T* resize(int64_t count) {
+    if (count > capacity_) {
+      release();
+      data_ = static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), std::align_val_t{64}));
+      capacity_ = count;
+    }
+    return data_;
+  }
+  T* data() const { return data_; }
+  operator T*() const { return data_; }
+
+ private:
+  void release() {
+    if (data_ != nullptr) ::operator delete(data_, std::align_val_t{64});
+    data_ = nullptr;
+    capacity_ = 0;
+  }
+  T* data_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+inline float half_to_float(uint16_t h) {
+  // The exponent is rebased by an exact multiplication, which also makes subnormal halves normal floats.
+  uint32_t bits = static_cast<uint32_t>(h & 0x7fff) << 13;
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  x *= 0x1p112f;
+  std::memcpy(&bits, &x, sizeof(x));
+  if ((h & 0x7c00) == 0x7c00) bits |= 0x7f800000u;  // infinity and NaN
+  bits |= static_cast<uint32_t>(h & 0x8000) << 16;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+inline float bfloat_to_float(uint16_t h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+template <class T>
+class CostRows {
+ public:
+  CostRows() = default;
+  CostRows(const CostView& view, int64_t batch_index, int64_t cols, int64_t padded_cols)
+      : view_(view), offset_(batch_index * view.batch_stride), cols_(cols), padded_cols_(padded_cols) {}
+
+  // Row i as contiguous Reals, with +inf (a forbidden pair) in the padding.
+  void read(int64_t i, T* out) const {
+    const int64_t start = offset_ + i * view_.row_stride, stride = view_.col_stride;
+    switch (view_.dtype) {
+      case DType::float32: copy(static_cast<const float*>(view_.data) + start, stride, out, [](float x) { return x; }); break;
+      case DType::float64: copy(static_cast<const double*>(view_.data) + start, stride, out, [](double x) { return x; }); break;
+      case DType::float16: copy(static_cast<const uint16_t*>(view_.data) + start, stride, out, half_to_float); break;
+      case DType::bfloat16: copy(static_cast<const uint16_t*>(view_.data) + start, stride, out, bfloat_to_float); break;
+    }
+    for (int64_t j = cols_; j < padded_cols_; ++j) out[j] = static_cast<T>(infinity);
+  }
+
+ private:
+  template <class S, class Convert>
+  void copy(const S* in, int64_t stride, T* out, Convert convert) const {
+    if (stride == 1) {
+      for (int64_t j = 0; j < cols_; ++j) out[j] = static_cast<T>(convert(in[j]));
+    } else {
+      for (int64_t j = 0; j < cols_; ++j) out[j] = static_cast<T>(convert(in[j * stride]));
+    }
+  }
+  CostView view_{};
+  int64_t offset_ = 0, cols_ = 0, padded_cols_ = 0;
+};
+
+// How the rows of a matrix are split into tasks. It depends on the shape alone, never on the number of threads, because
+// the column sums of the blocks are added up in the order of the blocks: the result is the same for any number of threads.
+struct RowBlocks {
+  int64_t count = 1, rows = 0;
+
+  RowBlocks() = default;
+  RowBlocks(int64_t swept_rows, int64_t padded_cols) {
+    const int64_t entries_per_block = 1 << 17, most_blocks = 64;
+    if (swept_rows * padded_cols < 4 * entries_per_block) {
+      rows = swept_rows;
+      return;
+    }
+    rows = entries_per_block / padded_cols;
+    if (rows < swept_rows / most_blocks) rows = swept_rows / most_blocks;
+    rows = round_up(rows > 0 ? rows : 1, 4);
+    count = (swept_rows + rows - 1) / rows;
+  }
+  int64_t begin(int64_t block) const { return block * rows; }
+  int64_t end(int64_t block, int64_t total) const {
+    const int64_t last = (block + 1) * rows;
+    return last < total ? last : total;
+  }
+};
+
+template <class F>
+void run(const Executor& executor, int64_t tasks, const F& f) {
+  if (tasks == 1) {
+    f(static_cast<int64_t>(0));
+    return;
+  }
+  executor.run(
+      tasks, [](void* context, int64_t task) { (*static_cast<const F*>(context))(task); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+template <class T>
+struct Problem {
+  int64_t index = 0;  // in the batch
+  int64_t rows = 0, cols = 0;
+  int64_t swept_rows = 0;   // rows rounded up to 4: what a sweep reads
+  int64_t padded_rows = 0;  // rows rounded up to the lanes (and 4): the length of arrays over rows
+  int64_t padded_cols = 0;  // cols rounded up to the lanes: the length of arrays over columns and of a row of a matrix
+  double eps = 1;
+  bool valid = false;          // false: eps, weights or lengths cannot be used; the outputs are NaN
+  bool has_zero_in_b = false;  // some column of zero weight: it has no say in what a row is compared with
+  double mass_a = 0, mass_b = 0;
+  CostRows<T> cost;
+  RowBlocks blocks;
+  Buffer<T> a, b;  // [padded_rows], [padded_cols], zero in the padding
+  Buffer<double> skip;  // [padded_cols]: +inf where b is zero, else 0
+
+  void read(const Problems& problems, int64_t batch_index) {
+    index = batch_index;
+    const bool rows_ok = read_length(problems.row_lengths, problems.n, rows);
+    const bool cols_ok = read_length(problems.col_lengths, problems.m, cols);
+    swept_rows = round_up(rows, 4);
+    padded_rows = round_up(rows, lanes<T> > 4 ? lanes<T> : 4);
+    padded_cols = round_up(cols, lanes<T>);
+    blocks = RowBlocks(swept_rows, padded_cols);
+    cost = CostRows<T>(problems.cost, batch_index, cols, padded_cols);
+    eps = problems.eps[batch_index * problems.eps_stride];
+    bool zero_in_a = false;
+    const bool a_ok = problems.is_double ? read_weights<double>(problems.a, rows, padded_rows, a, mass_a, zero_in_a)
+                                         : read_weights<float>(problems.a, rows, padded_rows, a, mass_a, zero_in_a);
+    const bool b_ok = problems.is_double ? read_weights<double>(problems.b, cols, padded_cols, b, mass_b, has_zero_in_b)
+                                         : read_weights<float>(problems.b, cols, padded_cols, b, mass_b, has_zero_in_b);
+    skip.resize(padded_cols);
+    for (int64_t j = 0; j < padded_cols; ++j) skip[j] = b[j] > 0 ? 0.0 : infinity;
+    valid = rows_ok && cols_ok && a_ok && b_ok && eps > 0 && eps < infinity;
+  }
+
+  double inverse_eps() const { return 1 / eps; }
+
+ private:
+  bool read_length(const int64_t* lengths, int64_t size, int64_t& length) const {
+    length = lengths == nullptr ? size : lengths[index];
+    if (length >= 1 && length <= size) return true;
+    length = size;
+    return false;
+  }
+  template <class Real>
+  bool read_weights(const WeightsView& view, int64_t count, int64_t padded, Buffer<T>& out, double& mass, bool& has_zero) {
+    out.resize(padded);
+    bool ok = true;
+    mass = 0;
+    has_zero = false;
+    if (view.data == nullptr) {
+      for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(1.0 / static_cast<double>(count));
+      mass = 1;
+    } else {
+      const Real* in = static_cast<const Real*>(view.data) + index * view.batch_stride;
+      for (int64_t i = 0; i < count; ++i) {
+        const T w = static_cast<T>(in[i * view.stride]);
+        out[i] = w;
+        mass += static_cast<double>(w);
+        ok = ok && w >= 0;
+        has_zero = has_zero || w == 0;
+      }
+      ok = ok && mass > 0 && mass < infinity;
+    }
+    for (int64_t i = count; i < padded; ++i) out[i] = 0;
+    return ok;
+  }
+};
+
+// Where one problem of the batch is large and the batch is smaller than the number of threads, the threads share the rows
+// of one problem at a time; else each thread takes the next problem that nobody has. Either way the result is the same.
+template <class T>
+bool splits_rows(const Problems& problems, const Executor& executor) {
+  return problems.batch < executor.threads && RowBlocks(round_up(problems.n, 4), round_up(problems.m, lanes<T>)).count > 1;
+}
+
+// Calls work(executor, next) once per thread: next() is the index of a problem to solve, or -1 when none is left, and
+// `executor` is what that work may use inside one problem.
+template <class T, class Work>
+void for_each_worker(const Problems& problems, const Executor& executor, const Work& work) {
+  int64_t taken = 0;
+  const auto next = [&]() -> int64_t {
+    const int64_t index = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
+    return index < problems.batch ? index : -1;
+  };
+  if (problems.batch == 0) return;
+  if (splits_rows<T>(problems, executor)) {
+    work(executor, next);
+  } else {
+    const int64_t workers = problems.batch < executor.threads ? problems.batch : executor.threads;
+    run(executor, workers, [&](int64_t) { work(Executor{1, run_serially}, next); });
+  }
+}
+
+}  // namespace
+}  // namespace otface::sinkhorn

@@ -1,0 +1,275 @@
+// The unrolled gradient: the exact derivative of the finitely many iterations that were done.
+// Part of the translation unit of one instruction set: include through cpu_kernels.h only.
+//
+// Iteration t took g_{t-1} to f_t by the row-stochastic R_ij = b_j exp((f_t,i + g_{t-1},j - C_ij) / eps), and f_t to g_t by
+// the column-stochastic Q_ij = a_i exp((f_t,i + g_t,j - C_ij) / eps). With F, G the derivatives of the loss by f_t, g_t:
+//
+//   F_i = (outputs) - sum_j Q_ij G_j,              G'_j = -sum_i R_ij F_i   (G' belongs to g_{t-1})
+//   dC_ij += Q_ij G_j + R_ij F_i,   da_i -= eps * sum_j Q_ij G_j / a_i,   db_j -= eps * sum_i R_ij F_i / b_j
+//
+// In terms of K: Q_ij = (a_i / r_i) K_ij / s_j and R_ij = (1 / r_i) K_ij b_j / s'_j. So the reverse of an iteration is again
+// one sweep (y = K (G / s), w = F / r, then K^T w), and dC is K times a sum of outer products, two per iteration, which is
+// computed as a small matrix product over many iterations at once. K changes only where the solve rebuilt it.
+//
+// Per iteration and problem: 2 n m multiply-adds for the sweep, 2 n m for the outer products.
+#pragma once
+
+#include "sinkhorn/cpu_gradient.h"
+
+namespace otface::sinkhorn {
+namespace {
+
+// sum_k left[k][i] right[k][j] for the terms collected so far, added up entry by entry times K.
+template <class T>
+class OuterProducts {
+ public:
+  void attach(const Problem<T>* p, const KernelMatrix<T>* matrix) {
+    p_ = p;
+    matrix_ = matrix;
+    left_.resize(most_terms * p->padded_rows);
+    right_.resize(most_terms * p->padded_cols);
+    sum_.resize(p->swept_rows * p->padded_cols);
+    for (int64_t k = 0; k < p->swept_rows * p->padded_cols; ++k) sum_[k] = 0;
+    terms_ = 0;
+  }
+
+  T* left(int ahead = 0) { return left_ + (terms_ + ahead) * p_->padded_rows; }
+  T* right(int ahead = 0) { return right_ + (terms_ + ahead) * p_->padded_cols; }
+  void push(int terms) {
+    terms_ += terms;
+    if (terms_ + 2 > most_terms) flush();
+  }
+
+  void flush() {
+    if (terms_ == 0) return;
+    constexpr int W = lanes<T>;
+    matrix_->for_blocks([&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i += 4) {
+        int64_t j = 0;
+        for (; j + 4 * W <= p_->padded_cols; j += 4 * W) add_tile<4>(i, j);
+        for (; j < p_->padded_cols; j += W) add_tile<1>(i, j);
+      }
+    });
+    terms_ = 0;
+  }
+
+  T* sum() { return sum_; }  // [swept_rows, padded_cols]
+
+ private:
+  static constexpr int most_terms = 32;
+
+  template <int Width>
+  OTFACE_INLINE void add_tile(int64_t i, int64_t j) {
+    using V = Vec<T>;
+    constexpr int W = lanes<T>;
+    V tile[4][Width] = {};
+    for (int64_t k = 0; k < terms_; ++k) {
+      const T* l = left_ + k * p_->padded_rows + i;
+      const T* r = right_ + k * p_->padded_cols + j;
+      for (int v = 0; v < Width; ++v) {
+        const V r_v = load<V>(r + v * W);
+        for (int q = 0; q < 4; ++q) tile[q][v] += r_v * l[q];
+      }
+    }
+    for (int q = 0; q < 4; ++q) {
+      const int64_t at = (i + q) * p_->padded_cols + j;
+      for (int v = 0; v < Width; ++v) {
+        T* out = sum_ + at + v * W;
+        store(out, load<V>(out) + tile[q][v] * load<V>(matrix_->data() + at + v * W));
+      }
+    }
+  }
+
+  const Problem<T>* p_ = nullptr;
+  const KernelMatrix<T>* matrix_ = nullptr;
+  Buffer<T> left_, right_, sum_;
+  int64_t terms_ = 0;
+};
+
+template <class T>
+class UnrolledGradient {
+ public:
+  void run(const BackwardParams& params, int64_t index, const Executor* executor) {
+    const Problems& all = params.problems;
+    problem_.read(all, index);
+    const Problem<T>& p = problem_;
+    const GradientViews<T> views(params, index);
+    const double* potentials = params.potentials + index * (all.n + all.m);
+    if (!(potentials[0] == potentials[0]) || !p.valid || params.n_iter[index] < 1) {
+      write_nan_gradients(all, p.rows, p.cols, views);
+      return;
+    }
+    params_ = &params;
+    wants_cost_ = views.cost != nullptr;
+    matrix_.attach(&problem_, executor);
+    if (wants_cost_) products_.attach(&problem_, &matrix_);
+    for (Buffer<T>& r : r_) fill(r, p.padded_rows, T(1));
+    for (Buffer<T>& s : s_) fill(s, p.padded_cols, T(1));
+    Buffer<T>* const over_rows[] = {&grad_f_, &weights_, &row_share_};
+    Buffer<T>* const over_cols[] = {&grad_g_, &x_, &column_sums_, &y_};
+    for (Buffer<T>* x : over_rows) fill(*x, p.padded_rows, T(0));
+    for (Buffer<T>* x : over_cols) fill(*x, p.padded_cols, T(0));
+    start_g_.resize(p.padded_cols);
+
+    const int64_t last = params.n_iter[index];
+    for (int64_t end = last; end >= 1;) {
+      int64_t begin = end;
+      while (rebuilt(begin) == 0) --begin;
+      reverse_stretch(begin, end, end == last, views, potentials);
+      end = begin - 1;
+    }
+
+    write_weights_gradient(outputs_.a.data(), p.rows, all.n, false, views.a);
+    write_weights_gradient(outputs_.b.data(), p.cols, all.m, false, views.b);
+    if (wants_cost_) {
+      matrix_.for_blocks([&](int64_t, int64_t first, int64_t past) {
+        for (int64_t i = first; i < (past < p.rows ? past : p.rows); ++i)
+          write_cost_row(products_.sum() + i * p.padded_cols, p.cols, all.m, views.cost + i * all.m);
+      });
+      clear_cost_rows(p.rows, all.n, all.m, views.cost);
+    }
+  }
+
+ private:
+  static void fill(Buffer<T>& buffer, int64_t count, T value) {
+    T* x = buffer.resize(count);
+    for (int64_t k = 0; k < count; ++k) x[k] = value;
+  }
+
+  const T* slot(int64_t iteration) const {
+    const HistoryView& h = params_->history;
+    return static_cast<const T*>(h.slots) + (problem_.index * h.max_iter + iteration - 1) * h.slot;
+  }
+  uint8_t rebuilt(int64_t iteration) const {
+    return params_->history.rebuilt[problem_.index * params_->history.max_iter + iteration - 1];
+  }
+  void load_sums(int64_t iteration, T* r, T* s) const {
+    const T* in = slot(iteration);
+    std::memcpy(s, in, static_cast<size_t>(problem_.cols) * sizeof(T));
+    std::memcpy(r, in + params_->problems.m, static_cast<size_t>(problem_.rows) * sizeof(T));
+  }
+
+  // Iterations begin..end, which share one K: begin is where it was rebuilt.
+  void reverse_stretch(int64_t begin, int64_t end, bool is_last, const GradientViews<T>& views, const double* potentials) {
+    const Problem<T>& p = problem_;
+    const T* start = slot(begin);
+    for (int64_t j = 0; j < p.padded_cols; ++j)
+      start_g_[j] = j < p.cols ? static_cast<double>(start[j]) + static_cast<double>(start[params_->problems.m + j]) : 0.0;
+    bool columns_too;
+    // r_[0], s_[0]: iteration `begin`; the two other pairs alternate between an iteration and the one before it.
+    matrix_.build(start_g_, r_[0], s_[0], columns_too);
+    int now = begin == end ? 0 : 1;
+    if (now != 0) load_sums(end, r_[now], s_[now]);
+    if (is_last) start_from_outputs(views, potentials, r_[now], s_[now]);
+    for (int64_t t = end; t > begin; --t) {
+      const int before = t - 1 == begin ? 0 : 3 - now;
+      if (before != 0) load_sums(t - 1, r_[before], s_[before]);
+      reverse_columns_and_rows(r_[now], s_[now], s_[before]);
+      now = before;
+    }
+    if (!columns_too) {
+      fill(y_, p.padded_cols, T(1));  // K was built from g itself: its scaling is 1
+      reverse_columns_and_rows(r_[0], s_[0], y_);
+    } else {
+      reverse_apart(r_[0], s_[0]);
+    }
+    if (wants_cost_) products_.flush();
+  }
+
+  void start_from_outputs(const GradientViews<T>& views, const double* potentials, const T* r, const T* s) {
+    const Problem<T>& p = problem_;
+    outputs_.compute(
+        p, matrix_, *params_, views, potentials,
+        [&](int64_t i, T* e) {
+          const T* k = matrix_.data() + i * p.padded_cols;
+          for (int64_t j = 0; j < p.padded_cols; ++j) e[j] = k[j] / (r[i] * s[j]);
+        },
+        [&](int64_t i, const T* dc) {
+          if (wants_cost_) std::memcpy(products_.sum() + i * p.padded_cols, dc, static_cast<size_t>(p.cols) * sizeof(T));
+        });
+    for (int64_t i = 0; i < p.rows; ++i) grad_f_[i] = static_cast<T>(outputs_.f[i]);
+    for (int64_t j = 0; j < p.cols; ++j) grad_g_[j] = static_cast<T>(outputs_.g[j]);
+  }
+
+  // x = G / s, the columns that the sweep multiplies with; the first outer product is (a / r) x^T.
+  void scale_columns(const T* r, const T* s) {
+    const Problem<T>& p = problem_;
+    for (int64_t j = 0; j < p.padded_cols; ++j) x_[j] = grad_g_[j] / s[j];
+    if (!wants_cost_) return;
+    std::memcpy(products_.right(), x_.data(), static_cast<size_t>(p.padded_cols) * sizeof(T));
+    for (int64_t i = 0; i < p.padded_rows; ++i) products_.left()[i] = p.a[i] / r[i];
+  }
+
+  // One sweep: F from G, and column_sums_ = K^T (F / r). row_share_ = (K x)_i / r_i, weights_ = F / r.
+  void sweep(const T* r) {
+    matrix_.sweep(x_, column_sums_, [&](int64_t i, Four<T> y) {
+      const Four<T> r_i = load<Four<T>>(r + i), share = y / r_i;
+      const Four<T> w = (load<Four<T>>(grad_f_ + i) - load<Four<T>>(problem_.a + i) * share) / r_i;
+      store(row_share_ + i, share);
+      store(weights_ + i, w);
+      return w;
+    });
+    for (int64_t i = 0; i < problem_.rows; ++i)
+      outputs_.a[i] -= problem_.eps * static_cast<double>(row_share_[i]);
+  }
+
+  // G of the iteration before, whose column sums are s_before; the outer product is (F / r) (b / s_before)^T.
+  void finish_rows(const T* s_before, int product) {
+    const Problem<T>& p = problem_;
+    for (int64_t j = 0; j < p.cols; ++j) {
+      const T sum = column_sums_[j] / s_before[j];
+      grad_g_[j] = -p.b[j] * sum;
+      outputs_.b[j] -= p.eps * static_cast<double>(sum);
+    }
+    for (int64_t i = 0; i < p.padded_rows; ++i) grad_f_[i] = 0;
+    if (!wants_cost_) return;
+    std::memcpy(products_.left(product), weights_.data(), static_cast<size_t>(p.padded_rows) * sizeof(T));
+    for (int64_t j = 0; j < p.padded_cols; ++j) products_.right(product)[j] = p.b[j] / s_before[j];
+    products_.push(product + 1);
+  }
+
+  void reverse_columns_and_rows(const T* r, const T* s, const T* s_before) {
+    scale_columns(r, s);
+    sweep(r);
+    finish_rows(s_before, 1);
+  }
+
+  // The rebuild normalised the columns as well, so that the two halves of this iteration belong to two matrices.
+  void reverse_apart(T* r, T* s) {
+    const Problem<T>& p = problem_;
+    scale_columns(r, s);
+    sweep(r);
+    if (wants_cost_) {
+      products_.push(1);
+      products_.flush();
+    }
+    for (int64_t i = 0; i < p.padded_rows; ++i) weights_[i] *= r[i];  // F
+    matrix_.build_rows(start_g_, r, s);
+    for (int64_t i = 0; i < p.padded_rows; ++i) weights_[i] /= r[i];
+    matrix_.sweep(x_, column_sums_, [&](int64_t i, Four<T>) { return load<Four<T>>(weights_ + i); });
+    fill(y_, p.padded_cols, T(1));
+    finish_rows(y_, 0);
+  }
+
+  const BackwardParams* params_ = nullptr;
+  bool wants_cost_ = false;
+  Problem<T> problem_;
+  KernelMatrix<T> matrix_;
+  OuterProducts<T> products_;
+  OutputGradient<T> outputs_;
+  Buffer<T> r_[3], s_[3];
+  Buffer<T> grad_f_, weights_, row_share_;      // [padded_rows]
+  Buffer<T> grad_g_, x_, column_sums_, y_;      // [padded_cols]
+  Buffer<double> start_g_;
+};
+
+template <class T>
+void unrolled_backward(const BackwardParams& params, const Executor& executor) {
+  for_each_worker<T>(params.problems, executor, [&](Executor inner, const auto& next) {
+    UnrolledGradient<T> gradient;
+    for (int64_t index = next(); index >= 0; index = next()) gradient.run(params, index, &inner);
+  });
+}
+
+}  // namespace
+}  // namespace otface::sinkhorn

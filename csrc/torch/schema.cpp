@@ -1,0 +1,28 @@
+// The operators behind the Python functions. Every tensor is batched; the Python side has checked and shaped them.
+// "Real" is float64 for a float64 cost, else float32. A tensor that was not wanted comes back empty, with shape (0,).
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(otface, m) {
+  // -> value (B,), transport_cost (B,), f (B, n), g (B, m), plan (B, n, m), error (B,), n_iter (B,), converged (B,),
+  //    potentials (B, n + m) float64, history (B, max_iter, m + max(n, m)), rebuilt (B, max_iter) uint8
+  m.def(
+      "sinkhorn_forward(Tensor cost, Tensor eps, Tensor? a, Tensor? b, Tensor tol, Tensor? row_lengths, "
+      "Tensor? col_lengths, Tensor? init_g, int max_iter, int check_every, bool want_plan, bool want_history) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // All three -> the gradients of cost (B, n, m), a (B, n) and b (B, m), in Real.
+  m.def(
+      "sinkhorn_envelope_backward(Tensor cost, Tensor eps, Tensor? a, Tensor? b, Tensor? row_lengths, "
+      "Tensor? col_lengths, Tensor potentials, Tensor grad_value, bool want_cost, bool want_a, bool want_b) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "sinkhorn_unrolled_backward(Tensor cost, Tensor eps, Tensor? a, Tensor? b, Tensor? row_lengths, "
+      "Tensor? col_lengths, Tensor potentials, Tensor n_iter, Tensor history, Tensor rebuilt, Tensor? grad_value, "
+      "Tensor? grad_transport_cost, Tensor? grad_f, Tensor? grad_g, Tensor? grad_plan, bool want_cost, bool want_a, "
+      "bool want_b) -> (Tensor, Tensor, Tensor)");
+  // And whether the adjoint system of each problem was solved to `tol`, (B,); where not, its gradients are NaN.
+  m.def(
+      "sinkhorn_implicit_backward(Tensor cost, Tensor eps, Tensor? a, Tensor? b, Tensor? row_lengths, "
+      "Tensor? col_lengths, Tensor potentials, Tensor? grad_value, Tensor? grad_transport_cost, Tensor? grad_f, "
+      "Tensor? grad_g, Tensor? grad_plan, float tol, int max_iter, bool want_cost, bool want_a, bool want_b) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+}
