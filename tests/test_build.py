@@ -196,8 +196,8 @@ def test_setup_ends_with_one_sentence(before, env, sentence):
         check=False,
     )
     assert done.returncode == 1
-    assert sentence in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.splitlines()[-1].startswith(sentence)  # a torch with CUDA may warn before it
+    assert "Traceback" not in done.stderr
 
 
 # The list of sources
