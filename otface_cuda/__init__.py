@@ -3,9 +3,22 @@
 from importlib.metadata import version as _version
 
 from ._build import load as _load
-from .info import info
 
 _load()
 
+from .functional import SinkhornOutput, sinkhorn, sinkhorn_points  # noqa: E402
+from .info import info  # noqa: E402
+from .modules import Sinkhorn, SinkhornPairs, SinkhornPoints  # noqa: E402
+from .pairs import sinkhorn_pairs  # noqa: E402
+
 __version__ = _version("otface_cuda")
-__all__ = ["info"]
+__all__ = [
+    "Sinkhorn",
+    "SinkhornOutput",
+    "SinkhornPairs",
+    "SinkhornPoints",
+    "info",
+    "sinkhorn",
+    "sinkhorn_pairs",
+    "sinkhorn_points",
+]

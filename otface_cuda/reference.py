@@ -239,6 +239,6 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x / |x|, and 0 for x = 0."""
+    """The unit vector x / |x|, and 0 for x = 0."""
     norm = _norm(x)[..., None]
     return x / torch.where(norm > 0, norm, 1.0)

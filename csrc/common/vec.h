@@ -69,63 +69,77 @@ OTFACE_INLINE Four<T> low_four(Vec<T> v) {
   return out;
 }
 
-// {sum of the lanes of a, of b, of c, of d}. The order of the additions is fixed by the width alone.
-OTFACE_INLINE Four<float> sum_lanes(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d) {
+// The lanes of a, of b, of c and of d, each combined into one value by `op`. The order is fixed by the width alone.
+template <class Op>
+OTFACE_INLINE Four<float> reduce_lanes(Op op, Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d) {
 #if OTFACE_VEC_BYTES == 64
-  const Vec<float> ab =
-      OTFACE_SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-      OTFACE_SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-  const Vec<float> cd =
-      OTFACE_SHUFFLE(c, d, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-      OTFACE_SHUFFLE(c, d, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-  Vec<float> abcd = OTFACE_SHUFFLE(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-                    OTFACE_SHUFFLE(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  abcd += OTFACE_SHUFFLE(abcd, abcd, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-  abcd += OTFACE_SHUFFLE(abcd, abcd, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  const Vec<float> ab = op(OTFACE_SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29),
+                           OTFACE_SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31));
+  const Vec<float> cd = op(OTFACE_SHUFFLE(c, d, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29),
+                           OTFACE_SHUFFLE(c, d, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31));
+  Vec<float> abcd = op(OTFACE_SHUFFLE(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+                       OTFACE_SHUFFLE(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
+  abcd = op(abcd, OTFACE_SHUFFLE(abcd, abcd, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  abcd = op(abcd, OTFACE_SHUFFLE(abcd, abcd, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
 #elif OTFACE_VEC_BYTES == 32
   const Vec<float> ab =
-      OTFACE_SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13) + OTFACE_SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+      op(OTFACE_SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13), OTFACE_SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15));
   const Vec<float> cd =
-      OTFACE_SHUFFLE(c, d, 0, 8, 1, 9, 4, 12, 5, 13) + OTFACE_SHUFFLE(c, d, 2, 10, 3, 11, 6, 14, 7, 15);
+      op(OTFACE_SHUFFLE(c, d, 0, 8, 1, 9, 4, 12, 5, 13), OTFACE_SHUFFLE(c, d, 2, 10, 3, 11, 6, 14, 7, 15));
   Vec<float> abcd =
-      OTFACE_SHUFFLE(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) + OTFACE_SHUFFLE(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
-  abcd += OTFACE_SHUFFLE(abcd, abcd, 4, 5, 6, 7, 0, 1, 2, 3);
+      op(OTFACE_SHUFFLE(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13), OTFACE_SHUFFLE(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15));
+  abcd = op(abcd, OTFACE_SHUFFLE(abcd, abcd, 4, 5, 6, 7, 0, 1, 2, 3));
 #else
-  const Vec<float> ab = OTFACE_SHUFFLE(a, b, 0, 4, 1, 5) + OTFACE_SHUFFLE(a, b, 2, 6, 3, 7);
-  const Vec<float> cd = OTFACE_SHUFFLE(c, d, 0, 4, 1, 5) + OTFACE_SHUFFLE(c, d, 2, 6, 3, 7);
-  const Vec<float> abcd = OTFACE_SHUFFLE(ab, cd, 0, 1, 4, 5) + OTFACE_SHUFFLE(ab, cd, 2, 3, 6, 7);
+  const Vec<float> ab = op(OTFACE_SHUFFLE(a, b, 0, 4, 1, 5), OTFACE_SHUFFLE(a, b, 2, 6, 3, 7));
+  const Vec<float> cd = op(OTFACE_SHUFFLE(c, d, 0, 4, 1, 5), OTFACE_SHUFFLE(c, d, 2, 6, 3, 7));
+  const Vec<float> abcd = op(OTFACE_SHUFFLE(ab, cd, 0, 1, 4, 5), OTFACE_SHUFFLE(ab, cd, 2, 3, 6, 7));
 #endif
   return low_four<float>(abcd);
 }
 
-OTFACE_INLINE Four<double> sum_lanes(Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d) {
+template <class Op>
+OTFACE_INLINE Four<double> reduce_lanes(Op op, Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d) {
 #if OTFACE_VEC_BYTES == 64
-  const Vec<double> ab = OTFACE_SHUFFLE(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + OTFACE_SHUFFLE(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
-  const Vec<double> cd = OTFACE_SHUFFLE(c, d, 0, 8, 2, 10, 4, 12, 6, 14) + OTFACE_SHUFFLE(c, d, 1, 9, 3, 11, 5, 13, 7, 15);
-  // ab holds {a, b} partial sums in each 128-bit lane; bring lanes 0 and 2, then 1 and 3, together with those of cd.
+  const Vec<double> ab =
+      op(OTFACE_SHUFFLE(a, b, 0, 8, 2, 10, 4, 12, 6, 14), OTFACE_SHUFFLE(a, b, 1, 9, 3, 11, 5, 13, 7, 15));
+  const Vec<double> cd =
+      op(OTFACE_SHUFFLE(c, d, 0, 8, 2, 10, 4, 12, 6, 14), OTFACE_SHUFFLE(c, d, 1, 9, 3, 11, 5, 13, 7, 15));
   Vec<double> abcd =
-      OTFACE_SHUFFLE(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) + OTFACE_SHUFFLE(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
-  abcd += OTFACE_SHUFFLE(abcd, abcd, 4, 5, 6, 7, 0, 1, 2, 3);
+      op(OTFACE_SHUFFLE(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13), OTFACE_SHUFFLE(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15));
+  abcd = op(abcd, OTFACE_SHUFFLE(abcd, abcd, 4, 5, 6, 7, 0, 1, 2, 3));
   return low_four<double>(abcd);
 #elif OTFACE_VEC_BYTES == 32
-  const Vec<double> ab = OTFACE_SHUFFLE(a, b, 0, 4, 2, 6) + OTFACE_SHUFFLE(a, b, 1, 5, 3, 7);
-  const Vec<double> cd = OTFACE_SHUFFLE(c, d, 0, 4, 2, 6) + OTFACE_SHUFFLE(c, d, 1, 5, 3, 7);
-  return OTFACE_SHUFFLE(ab, cd, 0, 1, 4, 5) + OTFACE_SHUFFLE(ab, cd, 2, 3, 6, 7);
+  const Vec<double> ab = op(OTFACE_SHUFFLE(a, b, 0, 4, 2, 6), OTFACE_SHUFFLE(a, b, 1, 5, 3, 7));
+  const Vec<double> cd = op(OTFACE_SHUFFLE(c, d, 0, 4, 2, 6), OTFACE_SHUFFLE(c, d, 1, 5, 3, 7));
+  return op(OTFACE_SHUFFLE(ab, cd, 0, 1, 4, 5), OTFACE_SHUFFLE(ab, cd, 2, 3, 6, 7));
 #else
-  return Four<double>{a[0] + a[1], b[0] + b[1], c[0] + c[1], d[0] + d[1]};
+  const Vec<double> ab = op(OTFACE_SHUFFLE(a, b, 0, 2), OTFACE_SHUFFLE(a, b, 1, 3));
+  const Vec<double> cd = op(OTFACE_SHUFFLE(c, d, 0, 2), OTFACE_SHUFFLE(c, d, 1, 3));
+  return Four<double>{ab[0], ab[1], cd[0], cd[1]};
 #endif
 }
 
-template <class T>
-OTFACE_INLINE T sum_lanes(Vec<T> v) {
-  return sum_lanes(v, Vec<T>{}, Vec<T>{}, Vec<T>{})[0];
+// {sum of the lanes of a, of b, of c, of d}
+template <class V>
+OTFACE_INLINE auto sum_lanes(V a, V b, V c, V d) {
+  return reduce_lanes([](V x, V y) __attribute__((always_inline)) { return x + y; }, a, b, c, d);
+}
+template <class V>
+OTFACE_INLINE auto sum_lanes(V v) {
+  return sum_lanes(v, v, v, v)[0];
+}
+template <class V>
+OTFACE_INLINE auto least_lane(V v) {
+  return reduce_lanes([](V x, V y) __attribute__((always_inline)) { return vmin(x, y); }, v, v, v, v)[0];
 }
 
-template <class T>
-OTFACE_INLINE T max_lane(Vec<T> v) {
-  T best = v[0];
-  for (int k = 1; k < lanes<T>; ++k) best = v[k] > best ? v[k] : best;
-  return best;
+// Whether any lane of a comparison's result is set.
+template <class Mask>
+OTFACE_INLINE bool any(Mask mask) {
+  uint64_t words[sizeof(Mask) / 8], all = 0;
+  std::memcpy(words, &mask, sizeof(mask));
+  for (const uint64_t word : words) all |= word;
+  return all != 0;
 }
 
 // exp(x) to about 1 unit in the last place; 0 where the result would not be a normal number; x is cut off at `exp_cap`.

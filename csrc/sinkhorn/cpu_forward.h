@@ -161,9 +161,9 @@ class ForwardSolver {
           std::memcpy(plan + i * all.m, out, static_cast<size_t>(p.cols) * sizeof(T));
           fill(plan + i * all.m + p.cols, all.m - p.cols, T(0));
         }
-        violation += __builtin_fabs(static_cast<double>(scale) * static_cast<double>(sum_lanes<T>(mass_v)) -
+        violation += __builtin_fabs(static_cast<double>(scale) * static_cast<double>(sum_lanes(mass_v)) -
                                     static_cast<double>(p.a[i]));
-        cost += static_cast<double>(scale) * static_cast<double>(sum_lanes<T>(cost_v));
+        cost += static_cast<double>(scale) * static_cast<double>(sum_lanes(cost_v));
       }
       block_sums_[2 * block] = violation;
       block_sums_[2 * block + 1] = cost;

@@ -32,17 +32,12 @@ constexpr double small_sum = 1e-4;  // a freshly built row or column whose sum i
 
 template <class T>
 bool all_within(const T* x, int64_t count, T low, T high) {  // count is a multiple of the lanes; false for NaN
-  Vec<T> least = load<Vec<T>>(x), most = least;
-  auto ordered = least == least;
+  auto fine = Vec<T>{} == Vec<T>{};
   for (int64_t k = 0; k < count; k += lanes<T>) {
     const Vec<T> v = load<Vec<T>>(x + k);
-    least = vmin(v, least);
-    most = vmax(v, most);
-    ordered &= v == v;
+    fine &= (v >= low) & (v <= high);
   }
-  bool ok = true;
-  for (int k = 0; k < lanes<T>; ++k) ok = ok && ordered[k] != 0 && least[k] >= low && most[k] <= high;
-  return ok;
+  return !any(~fine);
 }
 
 // out_j = (f + g_j) - c_j, in double.
@@ -62,7 +57,7 @@ inline double least_of(const double* x, const double* skip, int64_t count) {  //
   Vec<double> least = load<Vec<double>>(x) + load<Vec<double>>(skip);
   for (int64_t j = lanes<double>; j < count; j += lanes<double>)
     least = vmin(load<Vec<double>>(x + j) + load<Vec<double>>(skip + j), least);
-  return -max_lane<double>(-least);
+  return least_lane(least);
 }
 
 template <class T>
@@ -70,9 +65,7 @@ bool has_nan_or_minus_infinity(const T* c, int64_t count) {
   auto fine = Vec<T>{} == Vec<T>{};
   const T minus_infinity = static_cast<T>(-infinity);
   for (int64_t j = 0; j < count; j += lanes<T>) fine &= load<Vec<T>>(c + j) > minus_infinity;
-  for (int k = 0; k < lanes<T>; ++k)
-    if (fine[k] == 0) return true;
-  return false;
+  return any(~fine);
 }
 
 // potentials_i = base_i - eps * log sum_i; count is a multiple of the lanes of T.
@@ -282,7 +275,7 @@ class KernelMatrix {
     using V = Vec<T>;
     V least_v = load<V>(c);
     for (int64_t j = lanes<T>; j < p_->padded_cols; j += lanes<T>) least_v = vmin(load<V>(c + j), least_v);
-    const T least = -max_lane<T>(-least_v);
+    const T least = least_lane(least_v);
     if (!(least < std::numeric_limits<T>::infinity())) return infinity;
     const double largest = static_cast<double>(std::numeric_limits<T>::max());
     const T inverse_eps = static_cast<T>(p_->inverse_eps() < largest ? p_->inverse_eps() : largest);

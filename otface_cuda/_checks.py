@@ -1,0 +1,167 @@
+"""Argument checks: each failure is one sentence that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COST_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+GRADIENT_MODES = ("envelope", "unrolled", "implicit")
+
+
+def describe(x: Any) -> str:
+    """How a wrong argument is named in a message."""
+    if isinstance(x, Tensor):
+        return f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)}"
+    return f"{x!r}" if isinstance(x, (int, float, str, bool, type(None))) else f"a {type(x).__name__}"
+
+
+def wrong_value(where: str, name: str, expected: str, got: Any) -> ValueError:
+    return ValueError(f"{where}: `{name}` must be {expected}, got {describe(got)}")
+
+
+def wrong_type(where: str, name: str, expected: str, got: Any) -> TypeError:
+    return TypeError(f"{where}: `{name}` must be {expected}, got {describe(got)}")
+
+
+def check_floating(where: str, name: str, x: Any, shape: str, ranks: Sequence[int]) -> None:
+    """A float tensor of one of the ranks; `shape` says it in words."""
+    if not isinstance(x, Tensor):
+        raise wrong_type(where, name, f"a tensor of shape {shape}", x)
+    if x.dtype not in COST_DTYPES:
+        raise wrong_type(where, name, "float64, float32, bfloat16 or float16", x)
+    if x.dim() not in ranks:
+        raise wrong_value(where, name, f"of shape {shape}", x)
+    if x.layout != torch.strided:
+        raise wrong_type(where, name, "a dense tensor", x)
+
+
+def check_device(where: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(
+            f"{where}: `{name}` must be on the device of `{like_name}` ({like.device}), got one on {x.device}"
+        )
+
+
+def check_int(where: str, name: str, x: Any, least: int) -> int:
+    if isinstance(x, bool) or not isinstance(x, (Integral, torch.SymInt)):
+        raise wrong_type(where, name, "an int", x)
+    if x < least:
+        raise wrong_value(where, name, f"at least {least}", x)
+    return x if isinstance(x, torch.SymInt) else int(x)
+
+
+def check_choice(where: str, name: str, x: Any, choices: Sequence[str]) -> None:
+    if x not in choices:
+        raise wrong_value(where, name, " or ".join([", ".join(map(repr, choices[:-1])), repr(choices[-1])]), x)
+
+
+def per_problem(where: str, name: str, x: Any, batch: int, like: Tensor, *, positive: bool) -> Tensor:
+    """A float, or a tensor with one number per problem, as (batch,) float64. Gradients do not pass through it."""
+    expected = "a positive float" if positive else "a float of at least 0"
+    if isinstance(x, Tensor):
+        if x.is_complex() or x.dtype == torch.bool:
+            raise wrong_type(where, name, f"{expected} or a tensor of shape ({batch},)", x)
+        if x.requires_grad:
+            raise ValueError(f"{where}: `{name}` must not require grad, its gradient is not computed; pass `{name}.detach()`")
+        if x.shape not in ((), (batch,)):
+            raise wrong_value(where, name, f"{expected} or a tensor of shape ({batch},)", x)
+        if x.dim() > 0:
+            check_device(where, name, x, "cost", like)
+        values = x.to(device=like.device, dtype=torch.float64).expand(batch)
+        if checks_data(values):
+            wrong = ~(values > 0) if positive else ~(values >= 0)
+            wrong |= ~values.isfinite()
+            if wrong.any():
+                k = int(wrong.nonzero()[0])
+                raise ValueError(f"{where}: `{name}` must be positive and finite, got {values[k].item()} for problem {k}"
+                                 if positive else
+                                 f"{where}: `{name}` must be at least 0 and finite, got {values[k].item()} for problem {k}")
+        return values
+    if isinstance(x, bool) or not isinstance(x, (Real, torch.SymFloat, torch.SymInt)):
+        raise wrong_type(where, name, f"{expected} or a tensor of shape ({batch},)", x)
+    if not ((x > 0 if positive else x >= 0) and x < math.inf):
+        raise wrong_value(where, name, "positive and finite" if positive else "at least 0 and finite", x)
+    return torch.full((), float(x), dtype=torch.float64, device=like.device).expand(batch)
+
+
+def checks_data(x: Tensor) -> bool:
+    """Whether values may be looked at: always on the CPU, on another device only with OTFACE_CHECK=1, because it waits
+    for that device; never while torch.compile traces. Where nobody looks, a wrong value gives NaN in its own problem."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" or os.environ.get("OTFACE_CHECK") == "1"
+
+
+def lengths(where: str, name: str, x: Any, batch: int, size: int, like: Tensor) -> Tensor | None:
+    """(batch,) int64, with values in 1..size."""
+    if x is None:
+        return None
+    expected = f"an integer tensor of shape ({batch},)"
+    if not isinstance(x, Tensor):
+        raise wrong_type(where, name, expected, x)
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise wrong_type(where, name, expected, x)
+    if x.shape != (batch,):
+        raise wrong_value(where, name, expected, x)
+    check_device(where, name, x, "cost", like)
+    if checks_data(x):
+        wrong = (x < 1) | (x > size)
+        if wrong.any():
+            k = int(wrong.nonzero()[0])
+            raise ValueError(f"{where}: `{name}` must be between 1 and {size}, got {int(x[k])} for problem {k}")
+    return x.to(torch.int64).contiguous()
+
+
+def weights(where: str, name: str, x: Any, batch: int, size: int, batched: bool, like: Tensor) -> Tensor:
+    """(batch, size), or (size,) for all; a float tensor on the device of the cost."""
+    expected = f"of shape ({batch}, {size}) or ({size},)" if batched else f"of shape ({size},)"
+    if not isinstance(x, Tensor):
+        raise wrong_type(where, name, f"a tensor {expected}", x)
+    if x.dtype not in COST_DTYPES:
+        raise wrong_type(where, name, "float64, float32, bfloat16 or float16", x)
+    if x.shape not in ((size,), (batch, size)) or (x.dim() == 2 and not batched):
+        raise wrong_value(where, name, expected, x)
+    check_device(where, name, x, "cost", like)
+    return x.expand(batch, size)
+
+
+def check_weights_data(
+    where: str,
+    given: dict[str, tuple[Tensor, Tensor | None]],
+) -> None:
+    """`given`: the weights by name, with their lengths. Not negative, finite, of positive and equal mass."""
+    masses: dict[str, Tensor] = {}
+    for name, (x, length) in given.items():
+        if not checks_data(x):
+            return
+        valid = x.detach().double()
+        if length is not None:
+            valid = torch.where(torch.arange(x.shape[1], device=x.device) < length[:, None], valid, 0.0)
+        wrong = ~((valid >= 0) & valid.isfinite())
+        if wrong.any():
+            k, i = (int(index) for index in wrong.nonzero()[0])
+            raise ValueError(
+                f"{where}: `{name}` must be finite and not negative, got {x[k, i].item()} at entry {i} of problem {k}"
+            )
+        masses[name] = valid.sum(1)
+        if not (masses[name] > 0).all():
+            k = int((masses[name] <= 0).nonzero()[0])
+            raise ValueError(f"{where}: `{name}` must have a positive sum, got 0 for problem {k}")
+    if len(masses) == 2:
+        (name_a, mass_a), (name_b, mass_b) = masses.items()
+        # Half of the digits of the coarser dtype: more than rounding can do, less than a forgotten normalisation does.
+        coarsest = max(torch.finfo(x.dtype).eps for x, _ in given.values())
+        wrong = (mass_a - mass_b).abs() > math.sqrt(coarsest) * torch.maximum(mass_a, mass_b)
+        if wrong.any():
+            k = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"{where}: `{name_a}` and `{name_b}` must have equal sums, "
+                f"got {mass_a[k].item():.9g} and {mass_b[k].item():.9g} for problem {k}"
+            )

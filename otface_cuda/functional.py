@@ -1,0 +1,287 @@
+"""Batched entropic optimal transport: `sinkhorn` on cost matrices, `sinkhorn_points` on points."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks, autograd
+from .costs import METRICS, pairwise_cost
+
+
+class SinkhornOutput(NamedTuple):
+    """What the solvers return; without the leading B for an unbatched input."""
+
+    value: Tensor
+    """(B,) the regularised cost OT_eps, as <a, f> + <b, g>."""
+    transport_cost: Tensor
+    """(B,) <P, C>, without the entropy."""
+    f: Tensor
+    """(B, n) potentials of the rows, in units of the cost."""
+    g: Tensor
+    """(B, m) potentials of the columns; f and g are shifted so that <a, f> = <b, g>."""
+    plan: Tensor | None
+    """(B, n, m) the transport plan P, if it was asked for."""
+    error: Tensor
+    """(B,) |P 1 - a|_1 / W; the columns are exact. Has no gradient."""
+    n_iter: Tensor
+    """(B,) iterations done, int64; 0 for a problem without a solution."""
+    converged: Tensor
+    """(B,) error <= tol, bool."""
+
+
+def sinkhorn(
+    cost: Tensor,
+    eps: float | Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    max_iter: int = 100,
+    tol: float | Tensor = 0.0,
+    check_every: int = 10,
+    row_lengths: Tensor | None = None,
+    col_lengths: Tensor | None = None,
+    init: SinkhornOutput | tuple[Tensor | None, Tensor] | None = None,
+    grad: str = "envelope",
+    return_plan: bool = False,
+) -> SinkhornOutput:
+    r"""Solve a batch of entropic optimal-transport problems, each by itself, in the log domain.
+
+    For each problem, with cost C (n x m), weights a, b >= 0 of equal total mass W, and eps > 0::
+
+        OT_eps(a, b) = min_P <P, C> + eps * sum_ij P_ij log(P_ij / (a_i b_j))   subject to  P 1 = a,  P^T 1 = b
+        f_i <- -eps * log sum_j b_j exp((g_j - C_ij) / eps),  then  g_j <- -eps * log sum_i a_i exp((f_i - C_ij) / eps)
+        P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)
+
+    (Cuturi 2013, arXiv 1306.0895; the scaled iteration with absorption is Schmitzer 2019, arXiv 1610.06519.)
+
+    Args:
+        cost: (B, n, m) or (n, m); float64, float32, bfloat16 or float16, any strides (a batch stride of 0 shares one
+            matrix). Half types are read as they are and computed in float32. ``+inf`` forbids a pair.
+        eps: strength of the entropy, in units of the cost; a float or (B,).
+        a: weights of the rows, (B, n) or (n,); ``None``: uniform. Any positive total mass, the same as that of ``b``.
+        b: weights of the columns, (B, m) or (m,); ``None``: uniform.
+        max_iter: iterations at most. One iteration updates f, then g.
+        tol: a problem stops when its ``error`` is at most this, a float or (B,). 0 does exactly ``max_iter``.
+        check_every: iterations between two looks at the error.
+        row_lengths: (B,) integers; problem k has only its first ``row_lengths[k]`` rows. Padding gets zero plan,
+            potentials and gradients, and may hold anything.
+        col_lengths: likewise for the columns.
+        init: a former output, or a pair (f, g), to start from; g is what counts.
+        grad: how gradients are computed.
+
+            - ``"envelope"``: of ``value`` only: d/dC = P, d/da = f, d/db = g, the last two centred by their mean over
+              the valid entries. Exact at convergence, and costs one exponential per entry.
+            - ``"unrolled"``: the exact derivative of the iterations that were done, for ``value``, ``transport_cost``,
+              ``plan``, ``f`` and ``g``. Keeps (n + m) numbers per iteration.
+            - ``"implicit"``: the derivative at the fixed point, for the same outputs, whatever the number of
+              iterations. Solves an adjoint system by conjugate gradients in float64 to a relative residual of 1e-7
+              (1e-11 for float64 costs) in at most 100 + 10 min(n, m) steps; where that fails, the gradients are NaN
+              and a warning is given. The gradients of a and b are centred.
+        return_plan: also return the plan.
+
+    Returns:
+        :class:`SinkhornOutput`, float64 for a float64 cost, else float32. Gradients have the dtype of their input.
+        A problem with NaN or -inf in its cost, or with a row or column of positive weight that is +inf throughout, has
+        NaN outputs and ``converged`` False; the others are not touched by it.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, what was expected and what came. Values on a CUDA device
+            are looked at only if the environment has ``OTFACE_CHECK=1``.
+        RuntimeError: in backward, for a gradient that ``grad`` does not have.
+
+    >>> cost = torch.tensor([[[0.0, 1.0], [1.0, 0.0]], [[0.0, 3.0], [1.0, 0.0]]])
+    >>> out = sinkhorn(cost, eps=0.1, max_iter=50, return_plan=True)
+    >>> out.plan[0].round(decimals=3)
+    tensor([[0.5000, 0.0000],
+            [0.0000, 0.5000]])
+    >>> out.converged, out.n_iter
+    (tensor([False, False]), tensor([50, 50]))
+    >>> sinkhorn(cost, eps=0.1, tol=1e-5).converged
+    tensor([True, True])
+    """
+    where = "sinkhorn"
+    _checks.check_floating(where, "cost", cost, "(B, n, m) or (n, m)", (2, 3))
+    problems, tols, init_g, settings = _prepare(
+        where, cost, eps, a, b, max_iter, tol, check_every, row_lengths, col_lengths, init, grad, return_plan
+    )
+    return _solve(problems, tols, init_g, settings, batched=cost.dim() == 3)
+
+
+def sinkhorn_points(
+    x: Tensor,
+    y: Tensor,
+    eps: float | Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    metric: str = "cosine",
+    **options: Any,
+) -> SinkhornOutput:
+    r"""Entropic optimal transport between two sets of points each: :func:`sinkhorn` on the cost between them.
+
+    Args:
+        x: (B, n, d) or (n, d), any float dtype; the cost is computed in float32 at least, also under autocast.
+        y: (B, m, d) or (m, d).
+        eps: strength of the entropy, in units of the cost; a float or (B,).
+        a, b: weights, as in :func:`sinkhorn`.
+        metric: ``"cosine"``: 1 - cos(x_i, y_j), where a zero vector has cosine 0; ``"sqeuclidean"``: \|x_i - y_j\|^2;
+            ``"euclidean"``: \|x_i - y_j\|, with gradient 0 where the points coincide.
+        **options: ``max_iter``, ``tol``, ``check_every``, ``row_lengths``, ``col_lengths``, ``init``, ``grad`` and
+            ``return_plan`` of :func:`sinkhorn`.
+
+    Returns:
+        :class:`SinkhornOutput`, with gradients in x and y (and a, b) by the chain rule through the cost.
+
+    Raises:
+        TypeError, ValueError: as :func:`sinkhorn`.
+
+    >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    >>> out = sinkhorn_points(x, x.detach().flip(0), eps=0.01, metric="sqeuclidean")
+    >>> round(out.transport_cost.item(), 4)
+    0.0
+    >>> out.value.backward()
+    >>> x.grad.shape
+    torch.Size([2, 2])
+    """
+    where = "sinkhorn_points"
+    for name, points, size in (("x", x, "n"), ("y", y, "m")):
+        _checks.check_floating(where, name, points, f"(B, {size}, d) or ({size}, d)", (2, 3))
+    _checks.check_device(where, "y", y, "x", x)
+    if x.dim() != y.dim() or x.shape[-1] != y.shape[-1] or (x.dim() == 3 and x.shape[0] != y.shape[0]):
+        expected = f"(m, {x.shape[-1]})" if x.dim() == 2 else f"({x.shape[0]}, m, {x.shape[-1]})"
+        raise _checks.wrong_value(where, "y", f"of shape {expected} to go with `x`", y)
+    if x.dtype != y.dtype:
+        raise _checks.wrong_type(where, "y", f"of the dtype of `x` ({x.dtype})", y)
+    _checks.check_choice(where, "metric", metric, METRICS)
+    if x.shape[-2] == 0 or y.shape[-2] == 0:
+        empty = ("x", x) if x.shape[-2] == 0 else ("y", y)
+        raise _checks.wrong_value(where, empty[0], "at least one point", empty[1])
+    batched = x.dim() == 3
+    cost = pairwise_cost(x if batched else x[None], y if batched else y[None], metric)
+    return sinkhorn(cost if batched else cost[0], eps, a, b, **options)
+
+
+def _prepare(
+    where: str,
+    cost: Tensor,
+    eps: float | Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    max_iter: int,
+    tol: float | Tensor,
+    check_every: int,
+    row_lengths: Tensor | None,
+    col_lengths: Tensor | None,
+    init: SinkhornOutput | tuple[Tensor | None, Tensor] | None,
+    grad: str,
+    return_plan: bool,
+) -> tuple[autograd.Problems, Tensor, Tensor | None, autograd.Settings]:
+    """Check every argument and bring it into the form the operators take."""
+    batched = cost.dim() == 3
+    costs = cost if batched else cost[None]
+    batch, n, m = costs.shape
+    if n == 0 or m == 0:
+        raise _checks.wrong_value(where, "cost", "at least 1 x 1", cost)
+    if cost.device.type != "cpu":
+        raise ValueError(f"{where}: `cost` must be on the CPU in this version, got one on {cost.device}")
+    _checks.check_choice(where, "grad", grad, _checks.GRADIENT_MODES)
+    if not isinstance(return_plan, bool):
+        raise _checks.wrong_type(where, "return_plan", "True or False", return_plan)
+    settings = autograd.Settings(
+        _checks.check_int(where, "max_iter", max_iter, 1),
+        _checks.check_int(where, "check_every", check_every, 1),
+        grad,
+        return_plan,
+    )
+    eps = _checks.per_problem(where, "eps", eps, batch, costs, positive=True)
+    tol = _checks.per_problem(where, "tol", tol, batch, costs, positive=False)
+    if not batched:
+        row_lengths, col_lengths = (_unsqueeze_scalar(x) for x in (row_lengths, col_lengths))
+    rows = _checks.lengths(where, "row_lengths", row_lengths, batch, n, costs)
+    cols = _checks.lengths(where, "col_lengths", col_lengths, batch, m, costs)
+    a, b = _weights(where, a, b, costs, batched, rows, cols)
+    return autograd.Problems(costs, eps, a, b, rows, cols), tol, _init_g(where, init, costs, batched), settings
+
+
+def _unsqueeze_scalar(x: Any) -> Any:
+    return x[None] if isinstance(x, Tensor) and x.dim() == 0 else x
+
+
+def _weights(
+    where: str,
+    a: Tensor | None,
+    b: Tensor | None,
+    costs: Tensor,
+    batched: bool,
+    rows: Tensor | None,
+    cols: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """a (B, n) and b (B, m) in the dtype of the arithmetic, or None where both are uniform."""
+    batch, n, m = costs.shape
+    if a is None and b is None:
+        return None, None
+    given: dict[str, tuple[Tensor, Tensor | None]] = {}
+    if a is not None:
+        given["a"] = _checks.weights(where, "a", a, batch, n, batched, costs), rows
+    if b is not None:
+        given["b"] = _checks.weights(where, "b", b, batch, m, batched, costs), cols
+    _checks.check_weights_data(where, given)
+    real = autograd.real_dtype(costs)
+    full = {name: x.to(real) for name, (x, _) in given.items()}
+    if "a" not in full:
+        full["a"] = _uniform_like(full["b"], cols, n, rows)
+    if "b" not in full:
+        full["b"] = _uniform_like(full["a"], rows, m, cols)
+    return full["a"], full["b"]
+
+
+def _uniform_like(other: Tensor, other_lengths: Tensor | None, size: int, lengths: Tensor | None) -> Tensor:
+    """Uniform weights (B, size) of the mass of the other side. Entries past the length are never read."""
+    real, other = other.dtype, other.detach().double()
+    if other_lengths is not None:
+        other = torch.where(torch.arange(other.shape[1], device=other.device) < other_lengths[:, None], other, 0.0)
+    mass = other.sum(1, keepdim=True)
+    counts = size if lengths is None else lengths[:, None]
+    return (mass / counts).to(real).expand(-1, size)
+
+
+def _init_g(
+    where: str, init: SinkhornOutput | tuple[Tensor | None, Tensor] | None, costs: Tensor, batched: bool
+) -> Tensor | None:
+    if init is None:
+        return None
+    batch, _, m = costs.shape
+    if isinstance(init, SinkhornOutput):
+        g: Any = init.g
+    elif isinstance(init, tuple) and len(init) == 2:
+        g = init[1]
+    else:
+        raise _checks.wrong_type(where, "init", "a SinkhornOutput or a pair (f, g)", init)
+    expected = f"(f, g) with g of shape {(batch, m) if batched else (m,)}"
+    if not isinstance(g, Tensor) or not g.is_floating_point():
+        raise _checks.wrong_type(where, "init", expected, g)
+    if g.shape != ((batch, m) if batched else (m,)):
+        raise _checks.wrong_value(where, "init", expected, g)
+    _checks.check_device(where, "init", g, "cost", costs)
+    return g.detach().to(autograd.real_dtype(costs)).reshape(batch, m).contiguous()
+
+
+def _solve(
+    problems: autograd.Problems,
+    tol: Tensor,
+    init_g: Tensor | None,
+    settings: autograd.Settings,
+    batched: bool,
+) -> SinkhornOutput:
+    p = problems
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (p.cost, p.a, p.b)):
+        outputs = autograd.Sinkhorn.apply(*p, tol, init_g, settings)
+    else:
+        outputs = autograd.solve(p, tol, init_g, settings, want_history=False)[:8]
+    out = SinkhornOutput(*outputs)
+    if not settings.return_plan:
+        out = out._replace(plan=None)
+    return out if batched else SinkhornOutput(*(None if x is None else x[0] for x in out))

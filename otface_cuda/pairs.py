@@ -1,0 +1,330 @@
+"""`sinkhorn_pairs`: optimal transport between the point sets of listed pairs, a bounded chunk of them at a time.
+
+The two operators are opaque to tracing, because the number of different pairs depends on the data. Neither keeps a cost
+matrix: the backward computes those of a chunk again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks, autograd
+from .costs import METRICS, cost_backward, cost_of_prepared, prepare_points
+from .functional import SinkhornOutput
+
+DEFAULT_CHUNK_BYTES = 32 * 2**20
+
+
+def sinkhorn_pairs(
+    features: Tensor,
+    pairs: Tensor,
+    eps: float | Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    metric: str = "cosine",
+    max_iter: int = 100,
+    tol: float | Tensor = 0.0,
+    check_every: int = 10,
+    grad: str = "envelope",
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> SinkhornOutput:
+    r"""Entropic optimal transport between ``features[i]`` and ``features[j]`` for each listed pair (i, j).
+
+    The same as :func:`otface_cuda.sinkhorn_points` on ``features[pairs[:, 0]]`` and ``features[pairs[:, 1]]``, without
+    holding those copies, their cost matrices or their gradients for more than a chunk of pairs. A pair that is listed
+    twice is solved once.
+
+    Args:
+        features: (N, p, d), p points of dimension d each (the cells of a feature map, say); any float dtype, the cost
+            is computed in float32 at least.
+        pairs: (K, 2) integers in 0..N-1.
+        eps: strength of the entropy, in units of the cost; a float or (K,).
+        a, b: weights of the first and of the second point set, (K, p) or (p,); ``None``: uniform.
+        metric: as in :func:`otface_cuda.sinkhorn_points`.
+        max_iter, tol, check_every, grad: as in :func:`otface_cuda.sinkhorn`.
+        chunk_bytes: working memory at most, forward and backward, beyond arguments, results and the gradient of
+            ``features``: 4 p (4 d + 2 p) bytes a pair in float32, and 8 p max_iter more for ``grad="unrolled"``. At
+            least one pair is done at a time.
+
+    Returns:
+        :class:`otface_cuda.SinkhornOutput` over the K pairs; ``plan`` is None. Gradients reach ``features``, a and b,
+        summed in a fixed order.
+
+    Raises:
+        TypeError, ValueError: as :func:`otface_cuda.sinkhorn`; an index out of range where indices are not looked at
+            (on CUDA without ``OTFACE_CHECK=1``) gives NaN for its own pair.
+
+    >>> maps = torch.nn.functional.one_hot(torch.tensor([[0, 1], [1, 0], [2, 3]]), 4).float()
+    >>> out = sinkhorn_pairs(maps, torch.tensor([[0, 1], [0, 2]]), eps=0.05)
+    >>> out.transport_cost.round(decimals=4)
+    tensor([0., 1.])
+    """
+    where = "sinkhorn_pairs"
+    _checks.check_floating(where, "features", features, "(N, p, d)", (3,))
+    if features.shape[1] == 0:
+        raise _checks.wrong_value(where, "features", "at least one point each", features)
+    if not isinstance(pairs, Tensor) or pairs.is_floating_point() or pairs.is_complex() or pairs.dtype == torch.bool:
+        raise _checks.wrong_type(where, "pairs", "an integer tensor of shape (K, 2)", pairs)
+    if pairs.dim() != 2 or pairs.shape[1] != 2:
+        raise _checks.wrong_value(where, "pairs", "an integer tensor of shape (K, 2)", pairs)
+    _checks.check_device(where, "pairs", pairs, "features", features)
+    if features.device.type != "cpu":
+        raise ValueError(f"{where}: `features` must be on the CPU in this version, got one on {features.device}")
+    count, points = pairs.shape[0], features.shape[0]
+    if _checks.checks_data(pairs) and count > 0 and not ((pairs >= 0) & (pairs < points)).all():
+        k, side = (int(index) for index in ((pairs < 0) | (pairs >= points)).nonzero()[0])
+        raise ValueError(f"{where}: `pairs` must be between 0 and {points - 1}, got {int(pairs[k, side])} in pair {k}")
+    _checks.check_choice(where, "metric", metric, METRICS)
+    _checks.check_choice(where, "grad", grad, _checks.GRADIENT_MODES)
+    max_iter = _checks.check_int(where, "max_iter", max_iter, 1)
+    check_every = _checks.check_int(where, "check_every", check_every, 1)
+    chunk_bytes = _checks.check_int(where, "chunk_bytes", chunk_bytes, 1)
+    eps = _checks.per_problem(where, "eps", eps, count, features, positive=True)
+    tol = _checks.per_problem(where, "tol", tol, count, features, positive=False)
+    a, b = _weights(where, a, b, count, features)
+    prepared = prepare_points(features, metric)
+    arguments = (prepared, pairs.to(torch.int64), eps, a, b, tol, metric, max_iter, check_every, grad, chunk_bytes)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (prepared, a, b)):
+        outputs = _SinkhornPairs.apply(*arguments)
+    else:
+        outputs = torch.ops.otface.sinkhorn_pairs_forward(*arguments)[:7]
+    value, transport_cost, f, g, error, n_iter, converged = outputs
+    return SinkhornOutput(value, transport_cost, f, g, None, error, n_iter, converged)
+
+
+def _weights(
+    where: str, a: Tensor | None, b: Tensor | None, count: int, features: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """a and b as (K, p), or (1, p) for all pairs alike, in the dtype of the arithmetic; both or neither."""
+    points = features.shape[1]
+    given = {}
+    for name, x in (("a", a), ("b", b)):
+        if x is not None:
+            _checks.weights(where, name, x, count, points, True, features)
+            given[name] = (x if x.dim() == 2 else x[None]), None
+    _checks.check_weights_data(where, given)
+    if not given:
+        return None, None
+    real = autograd.real_dtype(features)
+    full = {name: x.to(real) for name, (x, _) in given.items()}
+    for name, other in (("a", "b"), ("b", "a")):
+        if name not in full:
+            full[name] = (full[other].detach().sum(1, keepdim=True) / points).expand(-1, points)
+    return full["a"], full["b"]
+
+
+class _SinkhornPairs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, pairs, eps, a, b, tol, *settings: Any) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def, override]
+        out = torch.ops.otface.sinkhorn_pairs_forward(features, pairs, eps, a, b, tol, *settings)
+        *results, potentials = out
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*results[4:])
+        ctx.save_for_backward(features, pairs, eps, a, b, tol, potentials, results[5])
+        return tuple(results)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, value, transport_cost, f, g, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
+        features, pairs, eps, a, b, tol, potentials, n_iter = ctx.saved_tensors
+        incoming = autograd.OutputGradients(value, transport_cost, f, g, None)
+        autograd.check_differentiable("sinkhorn_pairs", ctx.settings[3], incoming)
+        wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4])
+        out = torch.ops.otface.sinkhorn_pairs_backward(
+            features, pairs, eps, a, b, tol, *ctx.settings, potentials, n_iter, *incoming[:4], *wanted
+        )
+        grad_features, grad_a, grad_b = (x if want else None for x, want in zip(out, wanted, strict=True))
+        return grad_features, None, None, grad_a, grad_b, None, *(None for _ in ctx.settings)
+
+
+class _Distinct(NamedTuple):
+    """The different ones among the listed pairs, and which of them each listed pair is."""
+
+    first: Tensor  # (U,) index into the features, within range
+    second: Tensor  # (U,)
+    listed: Tensor  # (U,) the first place in the list where the pair stands
+    which: Tensor  # (K,) into the U
+    valid: Tensor  # (U,) False where an index was out of range
+
+
+def _distinct(pairs: Tensor, eps: Tensor, tol: Tensor, points: int, own_weights: bool) -> _Distinct:
+    count = pairs.shape[0]
+    places = torch.arange(count, device=pairs.device)
+    if own_weights:
+        listed = which = places
+    else:
+        # Two entries of the list are one problem if eps and tol are the same too.
+        keys = torch.cat([pairs.double(), eps[:, None], tol[:, None]], dim=1)
+        distinct, which = torch.unique(keys, dim=0, return_inverse=True)
+        listed = torch.full((distinct.shape[0],), count, device=pairs.device)
+        listed.scatter_reduce_(0, which, places, "amin")
+    first, second = pairs[listed].unbind(1)
+    valid = (first >= 0) & (first < points) & (second >= 0) & (second < points)
+    return _Distinct(torch.where(valid, first, 0), torch.where(valid, second, 0), listed, which, valid)
+
+
+class _Chunk(NamedTuple):
+    rows: slice  # of the distinct pairs
+    x: Tensor  # (k, p, d)
+    y: Tensor
+    cost: Tensor  # (k, p, p)
+    problems: autograd.Problems
+
+
+def _chunks(
+    features: Tensor, distinct: _Distinct, eps: Tensor, a: Tensor | None, b: Tensor | None, metric: str, size: int
+) -> Iterator[_Chunk]:
+    # An index out of range is solved as some other pair with eps NaN: its results are NaN, and nothing is out of bounds.
+    eps = torch.where(distinct.valid, eps[distinct.listed], torch.nan)
+    for begin in range(0, distinct.first.shape[0], size):
+        rows = slice(begin, begin + size)
+        x = features.index_select(0, distinct.first[rows])
+        y = features.index_select(0, distinct.second[rows])
+        cost = cost_of_prepared(x, y, metric)
+        weights = (None if w is None else w.expand(distinct.which.shape[0], -1)[distinct.listed[rows]] for w in (a, b))
+        yield _Chunk(rows, x, y, cost, autograd.Problems(cost, eps[rows], *weights, None, None))
+
+
+def _chunk_size(features: Tensor, max_iter: int, grad: str, chunk_bytes: int) -> int:
+    _, p, d = features.shape
+    numbers = p * (4 * d + 2 * p) + (2 * p * max_iter if grad == "unrolled" else 0)
+    return max(1, chunk_bytes // (numbers * features.element_size()))
+
+
+@torch.library.custom_op("otface::sinkhorn_pairs_forward", mutates_args=())
+def _forward(
+    features: Tensor,
+    pairs: Tensor,
+    eps: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    tol: Tensor,
+    metric: str,
+    max_iter: int,
+    check_every: int,
+    grad: str,
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    out = _empty_results(features, pairs)
+    if pairs.shape[0] == 0:
+        return out
+    distinct = _distinct(pairs, eps, tol, features.shape[0], _one_per_pair(a, b))
+    size = _chunk_size(features, max_iter, grad, chunk_bytes)
+    settings = autograd.Settings(max_iter, check_every, grad, False)
+    parts = []
+    for chunk in _chunks(features, distinct, eps, a, b, metric, size):
+        solution = autograd.solve(chunk.problems, tol[distinct.listed[chunk.rows]], None, settings, False)
+        parts.append((*solution[:4], *solution[5:9]))
+    for result, *pieces in zip(out, *parts, strict=True):
+        torch.index_select(torch.cat(pieces), 0, distinct.which, out=result)
+    return out
+
+
+@torch.library.custom_op("otface::sinkhorn_pairs_backward", mutates_args=())
+def _backward(
+    features: Tensor,
+    pairs: Tensor,
+    eps: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    tol: Tensor,
+    metric: str,
+    max_iter: int,
+    check_every: int,
+    grad: str,
+    chunk_bytes: int,
+    potentials: Tensor,
+    n_iter: Tensor,
+    grad_value: Tensor | None,
+    grad_transport_cost: Tensor | None,
+    grad_f: Tensor | None,
+    grad_g: Tensor | None,
+    want_features: bool,
+    want_a: bool,
+    want_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    count, points = pairs.shape[0], features.shape[1]
+    grad_features = torch.zeros_like(features) if want_features else features.new_empty(0)
+    grad_weights = [
+        w.new_zeros(count, points) if w is not None and want else features.new_empty(0)
+        for w, want in ((a, want_a), (b, want_b))
+    ]
+    if count > 0:
+        distinct = _distinct(pairs, eps, tol, features.shape[0], _one_per_pair(a, b))
+        incoming = [
+            None if x is None else x.new_zeros(distinct.first.shape[0], *x.shape[1:]).index_add_(0, distinct.which, x)
+            for x in (grad_value, grad_transport_cost, grad_f, grad_g)
+        ]
+        size = _chunk_size(features, max_iter, grad, chunk_bytes)
+        settings = autograd.Settings(max_iter, check_every, grad, False)
+        for chunk in _chunks(features, distinct, eps, a, b, metric, size):
+            listed = distinct.listed[chunk.rows]
+            if grad == "unrolled":  # its history is not kept: solve once more
+                solution = autograd.solve(chunk.problems, tol[listed], None, settings, True)
+            else:
+                solution = autograd.solution_for_backward(potentials[listed], n_iter[listed])
+            parts = autograd.OutputGradients(*(None if x is None else x[chunk.rows] for x in incoming), None)
+            grads = autograd.gradients(chunk.problems, solution, grad, parts, (want_features, want_a, want_b))
+            if grads[0] is not None:
+                grad_cost = torch.where(distinct.valid[chunk.rows, None, None], grads[0], 0.0)
+                grad_x, grad_y = cost_backward(grad_cost, chunk.cost, chunk.x, chunk.y, metric)
+                _add_rows(grad_features, distinct.first[chunk.rows], grad_x)
+                _add_rows(grad_features, distinct.second[chunk.rows], grad_y)
+            for out, part in zip(grad_weights, grads[1:], strict=True):
+                if part is not None:
+                    out[listed] = part
+    # A weight that all pairs share gets the sum over the list; one of a pair its own (duplicates were added up above).
+    grad_a, grad_b = (
+        x.sum(0, keepdim=True) if w is not None and x.numel() > 0 and w.shape[0] == 1 != count else x
+        for x, w in zip(grad_weights, (a, b), strict=True)
+    )
+    return grad_features, grad_a, grad_b
+
+
+def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
+    """out[index] += rows, the rows of one index in the order in which they stand."""
+    if out.device.type == "cpu":
+        out.index_add_(0, index, rows)
+    else:  # sorts the indices, where index_add_ would add atomically
+        out.index_put_((index,), rows, accumulate=True)
+
+
+def _one_per_pair(a: Tensor | None, b: Tensor | None) -> bool:
+    return any(w is not None and w.shape[0] != 1 for w in (a, b))
+
+
+def _empty_results(
+    features: Tensor, pairs: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    count, points, new = pairs.shape[0], features.shape[1], features.new_empty
+    return (
+        new(count),
+        new(count),
+        new(count, points),
+        new(count, points),
+        new(count),
+        new(count, dtype=torch.int64),
+        new(count, dtype=torch.bool),
+        new((count, 2 * points), dtype=torch.float64),
+    )
+
+
+@_forward.register_fake
+def _(features, pairs, *args):  # type: ignore[no-untyped-def]
+    return _empty_results(features, pairs)
+
+
+@_backward.register_fake
+def _(features, pairs, eps, a, b, *args):  # type: ignore[no-untyped-def]
+    want_features, want_a, want_b = args[-3:]
+    return (
+        torch.empty_like(features) if want_features else features.new_empty(0),
+        torch.empty_like(a) if want_a else features.new_empty(0),
+        torch.empty_like(b) if want_b else features.new_empty(0),
+    )
