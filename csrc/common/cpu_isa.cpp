@@ -38,12 +38,9 @@ const Choice& chosen() {
 
 const char* cpu_isa_name(Isa isa) {
   switch (isa) {
-    case Isa::avx2:
-      return "avx2";
-    case Isa::avx512:
-      return "avx512";
-    case Isa::baseline:
-      break;
+    case Isa::avx2: return "avx2";
+    case Isa::avx512: return "avx512";
+    case Isa::baseline: break;
   }
   return "baseline";
 }
