@@ -1,0 +1,173 @@
+"""How time and memory are measured."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TURN_SECONDS = 0.05  # a fast call is timed several times in a turn, for about this long
+PAUSE_SECONDS = 0.005  # after each turn, so that the spinning threads of one library do not disturb the next
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """First quartile, median and third quartile; values between two samples are interpolated."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+class Clock:
+    """Seconds of one call.
+
+    On the CPU: wall time. On CUDA: the time between two device events, after every byte of the L2 cache has been
+    overwritten, so the inputs come from memory (cold L2). A library with streams of its own is timed by wall time.
+    """
+
+    def __init__(self, device: str):
+        self.device = device
+        if device == "cuda":
+            l2 = torch.cuda.get_device_properties(0).L2_cache_size
+            self._flush = torch.empty(2 * l2, dtype=torch.uint8, device=device)
+
+    def time(self, call: Callable[[], Any], wall: bool = False) -> float:
+        if self.device == "cuda":
+            self._flush.zero_()
+            torch.cuda.synchronize()
+            if not wall:
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                call()
+                end.record()
+                end.synchronize()
+                return start.elapsed_time(end) / 1e3
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+
+
+class Contender:
+    """A prepared call and its samples."""
+
+    def __init__(self, call: Callable[[], Any], wall: bool = False):
+        self.call, self.wall = call, wall
+        self.samples: list[float] = []
+        self.spent = 0.0
+
+    def take_turn(self, clock: Clock) -> None:
+        """One call, or, when calls are short, an untimed one to wake the threads and then several timed ones."""
+        begin = time.perf_counter()
+        if self.samples and statistics.median(self.samples) < TURN_SECONDS:
+            self.call()
+            for _ in range(5):
+                self.samples.append(clock.time(self.call, self.wall))
+                if time.perf_counter() - begin > TURN_SECONDS:
+                    break
+        else:
+            self.samples.append(clock.time(self.call, self.wall))
+        self.spent += time.perf_counter() - begin
+        time.sleep(PAUSE_SECONDS)
+
+
+def interleave(ours: Contender, others: list[Contender], clock: Clock, budget: float, least: int) -> None:
+    """Time everyone in turn, ours before each peer, so that a disturbance of the machine hits both sides of a ratio.
+
+    Everyone gets ``least`` samples; after that a contender takes part until its share of ``budget`` seconds is used.
+    All have been called once before (compiled, warm), which is not counted.
+    """
+    everyone = [ours, *others]
+    share = budget / len(everyone)
+    while True:
+        active = [c for c in everyone if len(c.samples) < least or c.spent < share]
+        if not active:
+            return
+        for contender in active:
+            if contender is not ours:
+                ours.take_turn(clock)
+            contender.take_turn(clock)
+
+
+# Peak memory on the CPU. Each measurement has a process of its own, forked from a server that has imported the
+# libraries but run nothing, so that nothing freed by one contender can be used again, unseen, by another. The process
+# solves a tiny problem (loads code, starts threads), prepares the real inputs (compiles, where a library compiles),
+# gives freed memory back to the system, resets the kernel's high-water mark of its resident memory, and makes one
+# call. What the call added at its peak is its outputs and its workspace. Resolution: about 0.3 MB (pages of code seen
+# for the first time count too).
+
+MEMORY_RESOLUTION = 0.3e6
+
+
+PRELOAD = ["torch", "numpy", "ot.batch", "geomloss", "ott.solvers.linear.sinkhorn"]  # what is absent is left out
+
+
+def peak_memory_cpu(work: Callable[..., tuple[Callable, Callable]], *args: Any) -> float | None:
+    """Bytes that a call adds at its peak. ``work(*args)``, run in the child, returns (tiny call, maker of the call)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_peak_memory_child, args=(sender, work, args), daemon=True)
+    child.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:  # the child died, for want of memory for instance
+        return None
+    finally:
+        child.join()
+
+
+def _peak_memory_child(sender: Any, work: Callable[..., tuple[Callable, Callable]], args: tuple) -> None:
+    tiny, make = work(*args)
+    tiny()
+    call = make()
+    gc.collect()
+    before = _reset_peak()
+    result = call()
+    sender.send(float(max(0, _peak() - before)))
+    del result
+
+
+def _reset_peak() -> int:
+    """Start a new high-water mark; returns the resident bytes now."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return _peak()
+    ctypes.CDLL(None).malloc_trim(0) if hasattr(ctypes.CDLL(None), "malloc_trim") else None
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def _peak() -> int:
+    if Path("/proc/self/status").exists():
+        return _status_bytes("VmHWM")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def peak_memory_cuda(call: Callable[[], Any]) -> float:
+    """Bytes of torch's allocator that a call adds at its peak."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del result
+    return float(peak)

@@ -1,0 +1,89 @@
+"""Draw the chart of a benchmark from its JSON, so that a picture never drifts from its data.
+
+python benchmarks/plot.py results/sinkhorn_cpu.json sinkhorn_cpu.png
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; with each a marker of its own.
+STYLES = {
+    "pot-batch": ("#0072B2", "o"),
+    "torch-loop": ("#E69F00", "s"),
+    "torch-scaling": ("#009E73", "D"),
+    "ott-jax": ("#CC79A7", "^"),
+    "geomloss": ("#56B4E9", "v"),
+    "pot-loop": ("#000000", "P"),
+    "flash-sinkhorn": ("#D55E00", "X"),
+}
+OURS_COLOUR = "#D55E00"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Left, per row, how many times faster than each peer (log scale); right, the percentage of the machine's limit."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    rows = result["rows"]
+    places = range(len(rows) - 1, -1, -1)
+    with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, (left, right) = plt.subplots(
+            1, 2, figsize=(8, 1.6 + 0.55 * len(rows)), width_ratios=[3, 1], sharey=True, layout="constrained"
+        )
+        for name, (colour, marker) in STYLES.items():
+            found = [
+                (entry, y)
+                for row, y in zip(rows, places, strict=True)
+                for entry in row["peers"]
+                if entry["name"] == name and "ratio" in entry
+            ]
+            if found:
+                ratios, heights = [entry["ratio"] for entry, _ in found], [y for _, y in found]
+                left.scatter(ratios, heights, s=55, color=colour, marker=marker, label=found[0][0]["label"], zorder=3)
+        left.set_xscale("log")
+        left.axvline(1, color="0.4", linewidth=1)
+        left.set_yticks(list(places), [label(row) for row in rows])
+        left.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        left.set_xlabel("times faster than the peer")
+        left.grid(axis="x", color="0.9", zorder=0)
+        left.grid(axis="y", color="0.95", zorder=0)
+
+        limits = [(row["limit"]["percent"] if row["limit"] else 0) for row in rows]
+        right.barh(list(places), limits, height=0.5, color=OURS_COLOUR, zorder=3)
+        for row, y in zip(rows, places, strict=True):
+            if row["limit"]:
+                text = f"{row['limit']['percent']:.0f} % {row['limit']['of']}"
+                right.text(row["limit"]["percent"] + 3, y, text, va="center", fontsize=9)
+        right.set_xlim(0, max(100, *limits) * 1.45)
+        right.set_xticks([0, 50, 100])
+        right.axvline(100, color="0.4", linewidth=1)
+        right.set_xlabel("% of the limit")
+        right.tick_params(axis="y", length=0)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+        machine = f"{result['device_name']}, {result['threads']} threads, torch {result['torch']}"
+        figure.supxlabel(machine, fontsize=8, color="0.4")
+        figure.savefig(path, dpi=200)
+        plt.close(figure)
+
+
+def label(row: dict[str, Any]) -> str:
+    kind = "forward + backward" if row["backward"] else "forward"
+    return f"{row['batch']} of {row['n']}x{row['m']}, eps {row['eps']:g}\n{row['iterations']} iterations, {kind}"
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) != 2 or not argv[1].endswith(".png"):
+        print("usage: python benchmarks/plot.py RESULT.json PICTURE.png", file=sys.stderr)
+        return 2
+    draw(json.loads(Path(argv[0]).read_text()), Path(argv[1]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

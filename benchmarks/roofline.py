@@ -1,0 +1,125 @@
+"""What this machine can do, measured in the same run as the operator, and how much of it the operator uses.
+
+One iteration of Sinkhorn on K (n x m) is one product with K and one with its transpose: 2 n m multiply-adds, 4 n m
+floating-point operations. Nothing else is counted as work, in particular no exponential, so the percentage is of the
+arithmetic that the mathematics cannot avoid. The unrolled backward pass goes through the iterations in reverse: two
+more products with K an iteration, and one more 2 n m for the rank-2 term of each iteration in the gradient of the cost.
+
+The limit a row is held against:
+- K of one problem fits in the L2 cache of a core (CPU), or in the shared memory of a block (GPU): arithmetic, against
+  the rate of torch's float32 matrix product;
+- otherwise: one read of K an iteration (4 n m bytes), against the bandwidth of reading a matrix of that size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from problems import Row
+
+MATRIX = 2048  # side of the matrix product; on CUDA four times that
+
+
+def work(row: Row) -> dict[str, int]:
+    """Floating-point operations, and bytes of K read, of one call on the whole batch."""
+    per_iteration = 4 * row.n * row.m
+    products = 3 if row.backward else 1
+    steps = row.batch * row.iterations
+    return {
+        "flops": steps * per_iteration * products,
+        "bytes": steps * 4 * row.n * row.m * (2 if row.backward else 1),
+    }
+
+
+def on_chip_bytes(device: str) -> int:
+    """Where a K of this size stays for a whole solve: the L2 cache of a core, or the shared memory of a block."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        if (index / "level").read_text().strip() == "2":
+            return int((index / "size").read_text().strip().removesuffix("K")) * 1024
+    return 1 << 20  # not told: the usual size
+
+
+def measure(rows: list[Row], device: str) -> dict[str, Any]:
+    """The limits that the rows need. Rates are the best of several repetitions: a limit is what can be reached."""
+    footprints = [] if device == "cuda" else sorted({footprint(row) for row in rows if not fits(row, device)})
+    side = MATRIX * (4 if device == "cuda" else 1)
+    a, b, out = (torch.rand(side, side, device=device) for _ in range(3))
+    seconds = _best(lambda: torch.mm(a, b, out=out), device)
+    copied = torch.rand(2**26, device=device)  # 256 MB
+    target = torch.empty_like(copied)
+    copy_seconds = _best(lambda: target.copy_(copied), device)
+    return {
+        "matmul_flops": 2 * side**3 / seconds,
+        "copy_bytes_per_s": 2 * 4 * copied.numel() / copy_seconds,  # read and written
+        "read_bytes_per_s": {str(size): _read_rate(size, device) for size in footprints},
+        "on_chip_bytes": on_chip_bytes(device),
+    }
+
+
+def best(first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
+    """The highest figures of several measurements."""
+    result = dict(first)
+    for other in others:
+        for key, value in other.items():
+            result[key] = best(result[key], value) if isinstance(value, dict) else max(result[key], value)
+    return result
+
+
+def fits(row: Row, device: str) -> bool:
+    return 4 * row.n * row.m <= on_chip_bytes(device)
+
+
+def footprint(row: Row) -> int:
+    """Bytes of all K of the batch, which are read again in each iteration."""
+    return 4 * row.batch * row.n * row.m
+
+
+def percentage(row: Row, seconds: float, limits: dict[str, Any], device: str) -> dict[str, Any] | None:
+    """Percent of the limit that applies, and its name; None where K is never held and the work is another."""
+    if row.from_points:
+        return None
+    if fits(row, device):
+        done, name, limit = work(row)["flops"], "matmul", limits["matmul_flops"]
+    elif device == "cuda":
+        done, name, limit = work(row)["bytes"], "copy", limits["copy_bytes_per_s"]
+    else:
+        done, name, limit = work(row)["bytes"], "read", limits["read_bytes_per_s"][str(footprint(row))]
+    return {"percent": 100 * done / seconds / limit, "of": name}
+
+
+def _read_rate(size: int, device: str) -> float:
+    """Bytes a second of reading the same ``size`` bytes over and over.
+
+    The best of torch's sum of all entries, sums of rows, largest entry, and dot product of the matrix with itself, each
+    of them one pass with all threads.
+    """
+    side = round((size / 4) ** 0.5)
+    matrix = torch.rand(side, side, device=device)
+    flat = matrix.view(-1)
+    passes: list[Callable[[], Any]] = [
+        lambda: matrix.sum(),
+        lambda: matrix.sum(1),
+        lambda: matrix.amax(),
+        lambda: torch.dot(flat, flat),
+    ]
+    return 4 * side * side / min(_best(call, device) for call in passes)
+
+
+def _best(call: Callable[[], Any], device: str, seconds: float = 0.4) -> float:
+    call()
+    best, stop = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < stop:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return best

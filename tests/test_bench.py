@@ -1,0 +1,323 @@
+"""The logic of the benchmark: what it computes, how it prints it, and that every peer is given the same problem."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from otface_cuda.reference import sinkhorn_reference
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import bench_sinkhorn as bench
+import faces
+import measure
+import peers
+import plot
+import problems
+import roofline
+from problems import Row
+
+SMALL = Row(3, 7, 9, 0.1, 12)
+
+
+@pytest.fixture(params=[False, True], ids=["forward", "backward"])
+def problem(request: pytest.FixtureRequest) -> problems.Problem:
+    return problems.make_problem(Row(3, 9, 9, 0.1, 12, backward=request.param), "cpu")
+
+
+# ---- answers ----
+
+
+def test_float64_answer_is_the_reference(problem):
+    answer = problems.solve_float64(problem)
+    cost = problem.cost.double().requires_grad_()
+    expected = sinkhorn_reference(cost, problem.row.eps, max_iter=problem.row.iterations, return_plan=True)
+    torch.testing.assert_close(answer.plan, expected.plan.detach())
+    torch.testing.assert_close(answer.transport_cost, expected.transport_cost.detach())
+    if problem.row.backward:
+        (gradient,) = torch.autograd.grad(expected.transport_cost.sum(), cost)
+        torch.testing.assert_close(answer.gradient, gradient)
+
+
+@pytest.mark.parametrize("peer", [peers.OURS, *peers.PEERS.values()], ids=lambda peer: peer.name)
+def test_every_peer_solves_the_same_problem(peer, problem):
+    if not peer.installed or "cpu" not in peer.devices:
+        pytest.skip(f"{peer.name} does not run here")
+    if peer.cannot(problem.row, "cpu"):
+        pytest.skip(peer.cannot(problem.row, "cpu"))
+    result = peer.prepare(problem)()
+    if peer.own_schedule:
+        f, g = peer.read(problem, result)
+        assert problems.potentials_error(problem, f, g) < 0.3
+    else:
+        difference = problems.largest_difference(peer.read(problem, result), problems.solve_float64(problem))
+        assert max(difference.values()) < 1e-4
+
+
+def test_iterations_to_reach_is_the_fewest():
+    problem = problems.make_problem(SMALL, "cpu")
+
+    def error(iterations: int) -> float:
+        out = peers.OURS.prepare_points(problem, iterations)()
+        return problems.potentials_error(problem, out.f, out.g)
+
+    found = bench.iterations_to_reach(problem, error(6))
+    assert error(found) <= error(6)
+    assert found == 1 or error(found - 1) > error(6)
+
+
+def test_error_of_plan_and_of_potentials_agree():
+    problem = problems.make_problem(SMALL, "cpu")
+    out = sinkhorn_reference(problem.cost, 0.1, max_iter=3, return_plan=True)
+    error = problems.plan_error(out.plan)
+    assert error == pytest.approx(float(out.error.mean()), rel=1e-6)
+    assert problems.potentials_error(problem, out.f, out.g) == pytest.approx(error, rel=1e-4)
+
+
+def test_largest_difference_is_relative_to_the_largest_entry():
+    exact = problems.Answer(torch.tensor([2.0]), torch.tensor([[[4.0, 0.0]]]))
+    answer = problems.Answer(torch.tensor([2.2]), torch.tensor([[[4.0, 1.0]]]))
+    difference = problems.largest_difference(answer, exact)
+    assert difference["transport_cost"] == pytest.approx(0.1)
+    assert difference["plan"] == pytest.approx(0.25)
+
+
+# ---- time, memory, limits ----
+
+
+def test_quartiles():
+    assert measure.quartiles([3.0]) == (3, 3, 3)
+    assert measure.quartiles([1.0, 2.0]) == (1.25, 1.5, 1.75)
+    assert measure.quartiles([5.0, 1.0, 4.0, 2.0, 3.0]) == (2, 3, 4)
+
+
+def test_interleaving_gives_everyone_the_least_and_ours_more():
+    order = []
+    ours, peer = (measure.Contender(lambda name=name: order.append(name)) for name in ("ours", "peer"))
+    measure.interleave(ours, [peer], measure.Clock("cpu"), budget=0.0, least=5)
+    assert len(peer.samples) >= 5
+    assert len(ours.samples) >= len(peer.samples)
+    assert "peer" in order[: len(order) // 2]  # and not one after the other
+
+
+def test_peak_memory_sees_an_allocation():
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux's /proc")
+    peak = measure.peak_memory_cpu(allocating_work, 2**25)
+    assert abs(peak - 2**25) < 2 * measure.MEMORY_RESOLUTION
+
+
+def allocating_work(size: int):
+    return (lambda: torch.ones(8)), (lambda: lambda: torch.ones(size, dtype=torch.uint8))
+
+
+def test_peak_memory_of_a_child_that_dies_is_unknown():
+    assert measure.peak_memory_cpu(dying_work) is None
+
+
+def dying_work():
+    raise SystemExit(0)
+
+
+def test_work_counts_multiply_adds():
+    assert roofline.work(SMALL) == {"flops": 3 * 12 * 4 * 7 * 9, "bytes": 3 * 12 * 4 * 7 * 9}
+    backward = Row(3, 7, 9, 0.1, 12, backward=True)
+    assert roofline.work(backward)["flops"] == 3 * roofline.work(SMALL)["flops"]
+
+
+def test_the_limit_follows_from_the_size_of_one_problem():
+    large = Row(1, 2048, 2048, 0.05, 100)
+    bytes_of_k = 4 * 2048 * 2048
+    limits = {"matmul_flops": 1e9, "read_bytes_per_s": {str(bytes_of_k): 1e9}}
+    on_chip = 100 * 3 * 12 * 4 * 7 * 9 / 1e9
+    assert roofline.percentage(SMALL, 1.0, limits, "cpu") == {"percent": pytest.approx(on_chip), "of": "matmul"}
+    streamed = bytes_of_k / 1e7
+    assert roofline.percentage(large, 100.0, limits, "cpu") == {"percent": pytest.approx(streamed), "of": "read"}
+
+
+def test_the_best_limits_count():
+    assert roofline.best({"a": 1, "b": {"x": 4}}, {"a": 2, "b": {"x": 3}}) == {"a": 2, "b": {"x": 4}}
+
+
+# ---- faces ----
+
+
+def test_descriptors_are_unit_vectors_of_the_cells():
+    images = torch.rand(4, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    found = faces.descriptors(images)
+    assert found.shape == (4, 49, 35)
+    torch.testing.assert_close(found.norm(dim=2), torch.ones(4, 49))
+    changed = images.clone()
+    changed[:, :, 48:64, 48:64] = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    difference = (faces.descriptors(changed) - found).abs().amax((0, 2)).view(7, 7)
+    assert difference[3, 3] == difference.max()  # the cell in the middle
+    assert difference[0, 0] < 0.05 * difference[3, 3]  # a far one sees no more than the mean colour
+
+
+def test_descriptors_know_direction():
+    ramp = torch.linspace(0, 1, 112).expand(112, 112)
+    images = torch.stack([ramp, ramp.T, ramp.flip(1)])[:, None].expand(3, 3, 112, 112)
+    across, down, back = faces.descriptors(images)[:, 24]
+    assert across @ down < 0.5
+    assert across @ back < 0.5
+
+
+def test_descriptors_of_flat_images_are_finite():
+    assert faces.descriptors(torch.full((2, 3, 112, 112), 0.5)).isfinite().all()
+
+
+def test_pairs_are_half_of_one_person():
+    people = {"a": ["a/1", "a/2", "a/3"], "b": ["b/1"], "c": ["c/1", "c/2"]}
+    pairs = faces.choose_pairs(people, 20)
+    same = [first[0] == second[0] for first, second in pairs]
+    assert same == [True] * 10 + [False] * 10
+    assert all(first != second for first, second in pairs)
+    assert pairs == faces.choose_pairs(people, 20)
+    assert pairs != faces.choose_pairs(people, 20, seed=1)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    image = pytest.importorskip("PIL.Image")
+    numpy = pytest.importorskip("numpy")
+    draw = numpy.random.default_rng(0)
+    for person in "abc":
+        (tmp_path / "tree" / person).mkdir(parents=True)
+        for number in range(2):
+            pixels = draw.integers(0, 256, (90, 80, 3), dtype=numpy.uint8)
+            image.fromarray(pixels).save(tmp_path / "tree" / person / f"{number}.png")
+    return tmp_path / "tree"
+
+
+def test_a_folder_and_a_tar_of_it_give_the_same_points(tree):
+    with tarfile.open(tree.parent / "tree.tar", "w") as tar:
+        tar.add(tree, "tree")
+    (x, y), facts = faces.face_points(tree, 6)
+    (tar_x, tar_y), tar_facts = faces.face_points(tree.parent / "tree.tar", 6)
+    assert x.shape == y.shape == (6, 49, 35)
+    assert torch.equal(x, tar_x)
+    assert torch.equal(y, tar_y)
+    assert facts == tar_facts
+
+
+def test_unusable_faces_are_one_sentence(tree):
+    (tree / "text").write_text("no image")
+    with pytest.raises(faces.FacesError, match="must be a folder of one folder per person"):
+        faces.face_points(tree / "text", 2)
+    (tree / "empty").mkdir()
+    with pytest.raises(faces.FacesError, match="holds no image of the form"):
+        faces.face_points(tree / "empty", 2)
+    with pytest.raises(faces.FacesError, match="at least two people"):
+        faces.choose_pairs({"a": ["a/1", "a/2"]}, 2)
+    for broken in tree.glob("*/*.png"):
+        broken.write_bytes(b"no image")
+    with pytest.raises(faces.FacesError, match=r"\d.png is not an image that pillow can read"):
+        faces.face_points(tree, 2)
+
+
+# ---- what is printed and written ----
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0571, "0.057"), (0.57, "0.57"), (5.71, "5.7"), (57.1, "57"), (5712.0, "5712"), (0, "0")]
+)
+def test_significant(value, text):
+    assert bench.significant(value) == text
+
+
+def test_cells():
+    assert bench.time_cell({"median": 0.0123456, "quartiles": [0.0121, 0.0201]}) == "12.3 (12.1-20.1)"
+    assert bench.megabytes(None) == "-"
+    assert bench.megabytes(1.26e6) == "1.3"
+    assert bench.megabytes(268.4e6) == "268"
+
+
+@pytest.fixture(scope="module")
+def result() -> dict:
+    options = bench.parse(["--quick", "--peers", "torch-loop"])
+    rows = {"cpu": [SMALL, Row(2, 8, 8, 0.1, 5, backward=True)]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "quick_rows", rows.get)
+        return bench.run(options)
+
+
+def test_json_says_what_is_needed_and_no_path(result):
+    again = json.loads(json.dumps(result))
+    assert again == result
+    assert {"commit", "dirty", "torch", "device_name", "cpu", "threads", "info", "limits", "rows"} <= set(result)
+    assert result["info"]["cpu_isa"] in ("baseline", "avx2", "avx512")
+    row = result["rows"][0]
+    assert (row["batch"], row["n"], row["m"], row["iterations"]) == (3, 7, 9, 12)
+    assert row["work"] == roofline.work(SMALL)
+    for entry in (row["ours"], *row["peers"]):
+        low, high = entry["seconds"]["quartiles"]
+        assert low <= entry["seconds"]["median"] <= high
+        assert entry["seconds"]["repetitions"] >= 3
+    text = json.dumps(result)
+    assert str(Path.cwd()) not in text
+    assert str(Path.home()) not in text
+
+
+def test_table_is_aligned_and_complete(result):
+    lines = bench.table(result).splitlines()
+    header = next(line for line in lines if "ratio" in line)
+    ours = [line for line in lines if line.startswith("  otface_cuda")]
+    assert len(ours) == 2
+    assert all(line.startswith("  torch log-sum-exp loop [") for line in lines if "torch log-sum" in line)
+    end = header.index("error") + len("error")
+    assert all(re.search(r"\s\d\.\de-\d\d$", line[:end]) for line in ours)
+    assert all(len(line) <= 120 for line in lines)
+
+
+def test_a_path_in_the_build_information_is_left_out():
+    assert bench.holds_path("toolkit in /usr/local/cuda")
+    assert bench.holds_path(["/opt/x"])
+    assert not bench.holds_path("avx512")
+
+
+def test_the_picture_is_drawn_from_the_json(result, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert plot.main([str(tmp_path / "result.json"), str(tmp_path / "chart.png")]) == 0
+    with image.open(io.BytesIO((tmp_path / "chart.png").read_bytes())) as picture:
+        assert picture.width == 1600
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--peers", "nobody"], "no peer is called 'nobody'"),
+        (["--peers", "flash-sinkhorn"], "flash-sinkhorn"),
+        (["--threads", "0"], "--threads must be from 1 to"),
+        (["--json", "no-such-folder/x.json"], "its folder does not exist"),
+        (["--plot", "chart.pdf"], "--plot must end in .png"),
+        (["--faces", "no-such-tree"], "does not exist"),
+        (["--device", "tpu"], "invalid choice"),
+        (["--speed"], "unrecognized arguments"),
+    ],
+)
+def test_bad_arguments_give_one_sentence(arguments, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.parse(arguments)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.startswith("bench_sinkhorn: ")
+    assert said.count("\n") == 1
+
+
+def test_cuda_without_a_device_is_one_sentence(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(SystemExit):
+        bench.parse(["--device", "cuda"])
+    assert "finds no CUDA device" in capsys.readouterr().err
