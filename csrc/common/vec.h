@@ -44,10 +44,13 @@ OTFACE_INLINE V broadcast(T x) {
   return x - V{};  // folds to one broadcast: x - 0 is x, the sign of zero included
 }
 
-template <class V>
-OTFACE_INLINE V vmax(V a, V b) {
-  return a > b ? a : b;
+template <class T>
+OTFACE_INLINE Vec<T> lane_numbers() {  // {0, 1, 2, ...}
+  Vec<T> v;
+  for (int k = 0; k < lanes<T>; ++k) v[k] = static_cast<T>(k);
+  return v;
 }
+
 template <class V>
 OTFACE_INLINE V vmin(V a, V b) {
   return a < b ? a : b;
@@ -128,9 +131,14 @@ template <class V>
 OTFACE_INLINE auto sum_lanes(V v) {
   return sum_lanes(v, v, v, v)[0];
 }
+// {least lane of a, of b, of c, of d}
+template <class V>
+OTFACE_INLINE auto least_lanes(V a, V b, V c, V d) {
+  return reduce_lanes([](V x, V y) __attribute__((always_inline)) { return vmin(x, y); }, a, b, c, d);
+}
 template <class V>
 OTFACE_INLINE auto least_lane(V v) {
-  return reduce_lanes([](V x, V y) __attribute__((always_inline)) { return vmin(x, y); }, v, v, v, v)[0];
+  return least_lanes(v, v, v, v)[0];
 }
 
 // Whether any lane of a comparison's result is set.

@@ -134,36 +134,50 @@ class ForwardSolver {
 
   // Row i of the plan is (a_i / r_i) K_ij x_j: its sum, its cost, and the row itself where it is asked for.
   void write_plan_and_sums() {
+    using V = Vec<T>;
     const Problem<T>& p = problem_;
     const Problems& all = params_->problems;
     scale_columns(s_[current_]);
-    const T* r = r_[current_];
+    const T *r = r_[current_], *x = x_;
     T* plan = static_cast<T*>(params_->plan);
     if (plan != nullptr) plan += p.index * all.n * all.m;
+    const int64_t count = p.padded_cols;
+    const int64_t ld = matrix_.ld(), strips = matrix_.strips();
     block_sums_.resize(2 * p.blocks.count);
-    row_.resize(2 * p.blocks.count * p.padded_cols);
-    const Vec<T> largest = broadcast<Vec<T>>(std::numeric_limits<T>::max());
+    rows_.resize(p.blocks.count * 4 * count);
+    const V largest = broadcast<V>(std::numeric_limits<T>::max());
     matrix_.for_blocks([&](int64_t block, int64_t begin, int64_t end) {
-      T *c = row_ + 2 * block * p.padded_cols, *out = c + p.padded_cols;
+      T* c = rows_ + block * 4 * count;
       double violation = 0, cost = 0;
-      for (int64_t i = begin; i < (end < p.rows ? end : p.rows); ++i) {
-        p.cost.read(i, c);
-        const T* k = matrix_.data() + i * p.padded_cols;
-        const T scale = p.a[i] / r[i];
-        Vec<T> mass_v{}, cost_v{};
-        for (int64_t j = 0; j < p.padded_cols; j += lanes<T>) {
-          const Vec<T> entry = load<Vec<T>>(k + j) * load<Vec<T>>(x_ + j);
-          mass_v += entry;
-          cost_v += entry * vmin(load<Vec<T>>(c + j), largest);  // a forbidden pair: 0 times a finite number
-          if (plan != nullptr) store(out + j, entry * scale);
+      for (int64_t i = begin; i < end; i += 4) {
+        const int64_t valid = p.rows - i < 4 ? p.rows - i : 4;
+        V mass_v[4] = {}, cost_v[4] = {};
+        for (int64_t q = 0; q < valid; ++q) {
+          T* c_row = c + q * count;
+          p.cost.read(i + q, c_row);
+          const T* k = matrix_.main() + (i + q) * ld;
+          for (int64_t j = 0; j < ld; j += lanes<T>) {
+            const V entry = load<V>(k + j) * load<V>(x + j);
+            mass_v[q] += entry;
+            cost_v[q] += entry * vmin(load<V>(c_row + j), largest);  // a forbidden pair: 0 times a finite number
+          }
         }
-        if (plan != nullptr) {
-          std::memcpy(plan + i * all.m, out, static_cast<size_t>(p.cols) * sizeof(T));
-          fill(plan + i * all.m + p.cols, all.m - p.cols, T(0));
+        Four<T> mass = sum_lanes(mass_v[0], mass_v[1], mass_v[2], mass_v[3]);
+        Four<T> cost_sum = sum_lanes(cost_v[0], cost_v[1], cost_v[2], cost_v[3]);
+        for (int64_t s = 0; s < strips; ++s) {
+          const Four<T> entry = load<Four<T>>(matrix_.strip(s) + i) * x[ld + s];
+          for (int64_t q = 0; q < valid; ++q) {
+            const T c_q = c[q * count + ld + s];
+            mass[q] += entry[q];
+            cost_sum[q] += entry[q] * (c_q < largest[0] ? c_q : largest[0]);
+          }
         }
-        violation += __builtin_fabs(static_cast<double>(scale) * static_cast<double>(sum_lanes(mass_v)) -
-                                    static_cast<double>(p.a[i]));
-        cost += static_cast<double>(scale) * static_cast<double>(sum_lanes(cost_v));
+        for (int64_t q = 0; q < valid; ++q) {
+          const double a = static_cast<double>(p.a[i + q]), scale = a / static_cast<double>(r[i + q]);
+          violation += __builtin_fabs(scale * static_cast<double>(mass[q]) - a);
+          cost += scale * static_cast<double>(cost_sum[q]);
+          if (plan != nullptr) write_plan_row(i + q, r[i + q], c, plan + (i + q) * all.m);
+        }
       }
       block_sums_[2 * block] = violation;
       block_sums_[2 * block + 1] = cost;
@@ -181,7 +195,15 @@ class ForwardSolver {
     params_->converged[p.index] = error <= tol_;
   }
 
-  // f and g, shifted so that <a, f> = <b, g>, and the value <a, f> + <b, g>.
+  void write_plan_row(int64_t i, T r, T* buffer, T* out) const {
+    const Problem<T>& p = problem_;
+    const T scale = p.a[i] / r;
+    const T* k = matrix_.row(i, buffer);
+    for (int64_t j = 0; j < p.cols; ++j) out[j] = k[j] * x_[j] * scale;
+    fill(out + p.cols, params_->problems.m - p.cols, T(0));
+  }
+
+  // f and g, shifted so that <a, f> = <b, g>, and the value <a, f> + <b, g>. Without an allowed pair, a potential is 0.
   void write_potentials() {
     const Problem<T>& p = problem_;
     const Problems& all = params_->problems;
@@ -196,11 +218,11 @@ class ForwardSolver {
     T* g = static_cast<T*>(params_->g) + p.index * all.m;
     double* potentials = params_->potentials + p.index * (all.n + all.m);
     for (int64_t i = 0; i < all.n; ++i) {
-      potentials[i] = i < p.rows ? f_[i] + shift : 0.0;
+      potentials[i] = i < p.rows && !(matrix_.empty_row()[i] > 0) ? f_[i] + shift : 0.0;
       f[i] = static_cast<T>(potentials[i]);
     }
     for (int64_t j = 0; j < all.m; ++j) {
-      potentials[all.n + j] = j < p.cols ? start_g_[j] - shift : 0.0;
+      potentials[all.n + j] = j < p.cols && !(matrix_.empty_col()[j] > 0) ? start_g_[j] - shift : 0.0;
       g[j] = static_cast<T>(potentials[all.n + j]);
     }
     static_cast<T*>(params_->value)[p.index] = static_cast<T>(af + bg + (p.mass_a - p.mass_b) * shift);
@@ -237,7 +259,7 @@ class ForwardSolver {
   Buffer<T> x_;
   Buffer<double> start_g_, f_;
   Buffer<double> block_sums_;
-  Buffer<T> row_;
+  Buffer<T> rows_;
 };
 
 template <class T>

@@ -93,11 +93,13 @@ struct OutputGradient {
     double* b_ = zero(b, p.padded_cols);
     double shift = 0;
     for (int64_t i = 0; i < p.rows; ++i) {
+      if (matrix.empty_row()[i] > 0) continue;
       f_[i] = in.value * static_cast<double>(p.a[i]) + (in.f == nullptr ? 0.0 : static_cast<double>(in.f[i]));
       a_[i] = in.value * potentials[i];
       shift += f_[i];
     }
     for (int64_t j = 0; j < p.cols; ++j) {
+      if (matrix.empty_col()[j] > 0) continue;
       g_[j] = in.value * static_cast<double>(p.b[j]) + (in.g == nullptr ? 0.0 : static_cast<double>(in.g[j]));
       b_[j] = in.value * potentials[all.n + j];
       shift -= g_[j];

@@ -36,18 +36,6 @@ class ImplicitGradient {
     }
     matrix_.attach(&problem_, executor);
     matrix_.absorb(potentials, potentials + all.n);
-    if (views.cost != nullptr) direct_cost_.resize(p.swept_rows * p.padded_cols);
-    bool has_direct_cost = false;
-    outputs_.compute(
-        p, matrix_, params, views, potentials,
-        [&](int64_t i, double* e) {
-          std::memcpy(e, matrix_.data() + i * p.padded_cols, static_cast<size_t>(p.padded_cols) * sizeof(double));
-        },
-        [&](int64_t i, const double* dc) {
-          if (views.cost == nullptr) return;
-          __atomic_store_n(&has_direct_cost, true, __ATOMIC_RELAXED);
-          std::memcpy(direct_cost_ + i * p.padded_cols, dc, static_cast<size_t>(p.cols) * sizeof(double));
-        });
     Buffer<double>* const over_rows[] = {&rho_, &row_factor_, &grad_f_};
     Buffer<double>* const over_cols[] = {&sigma_, &X_, &x_, &residual_, &direction_, &scaled_, &column_sums_};
     for (Buffer<double>* x : over_rows) x->resize(p.padded_rows);
@@ -56,6 +44,20 @@ class ImplicitGradient {
       store(rho_ + i, y);
       return load<Four<double>>(p.a + i);
     });
+    matrix_.mark_empty(rho_, sigma_);
+    if (views.cost != nullptr) direct_cost_.resize(p.swept_rows * p.padded_cols);
+    bool has_direct_cost = false;
+    outputs_.compute(
+        p, matrix_, params, views, potentials,
+        [&](int64_t i, double* e) {
+          const double* row = matrix_.row(i, e);
+          if (row != e) std::memcpy(e, row, static_cast<size_t>(p.padded_cols) * sizeof(double));
+        },
+        [&](int64_t i, const double* dc) {
+          if (views.cost == nullptr) return;
+          __atomic_store_n(&has_direct_cost, true, __ATOMIC_RELAXED);
+          std::memcpy(direct_cost_ + i * p.padded_cols, dc, static_cast<size_t>(p.cols) * sizeof(double));
+        });
     // A row or column without an allowed pair has the sum 0 and takes no part.
     for (int64_t i = 0; i < p.swept_rows; ++i) {
       if (!(rho_[i] > 0)) rho_[i] = 1;
@@ -74,9 +76,10 @@ class ImplicitGradient {
     write_weights_gradient(outputs_.a.data(), p.rows, all.n, true, views.a);
     write_weights_gradient(outputs_.b.data(), p.cols, all.m, true, views.b);
     if (views.cost == nullptr) return true;
-    matrix_.for_blocks([&](int64_t, int64_t begin, int64_t end) {
+    rows_.resize(p.blocks.count * p.padded_cols);
+    matrix_.for_blocks([&](int64_t block, int64_t begin, int64_t end) {
       for (int64_t i = begin; i < (end < p.rows ? end : p.rows); ++i) {
-        const double *e = matrix_.data() + i * p.padded_cols, *direct = direct_cost_ + i * p.padded_cols;
+        const double *e = matrix_.row(i, rows_ + block * p.padded_cols), *direct = direct_cost_ + i * p.padded_cols;
         Real* out = views.cost + i * all.m;
         for (int64_t j = 0; j < p.cols; ++j) {
           const double through = p.a[i] * (e[j] * X_[j]) + p.b[j] * (e[j] * grad_f_[i]);
@@ -161,6 +164,7 @@ class ImplicitGradient {
   KernelMatrix<double> matrix_;  // holds E
   OutputGradient<double> outputs_;
   Buffer<double> direct_cost_;                  // [swept_rows, padded_cols]
+  Buffer<double> rows_;                         // [blocks, padded_cols]
   Buffer<double> rho_, row_factor_, grad_f_;    // [padded_rows]
   Buffer<double> sigma_, X_, x_, residual_, direction_, scaled_, column_sums_;  // [padded_cols]
 };

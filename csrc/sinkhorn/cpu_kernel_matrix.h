@@ -9,6 +9,10 @@
 // and one iteration of Sinkhorn is r = K (b / s), then s = K^T (a / r): multiply-adds. Row i gives r_i and at once its
 // part of s, so K is read once per iteration (`sweep`). Base potentials are doubles, and so are the differences
 // f0_i + g0_j - C_ij before they are divided by eps: K is exact to rounding of Real, however small eps is against C.
+//
+// Layout. K is row-major, in whole vectors. When only a few columns are left over (49 = 3 * 16 + 1), they would cost a whole
+// vector in every row; they are kept as strips instead, one contiguous array over the rows each, and take part four rows
+// at a time: 2 short multiply-adds a strip where the vector would take 8 long ones.
 #pragma once
 
 #include "sinkhorn/cpu_problem.h"
@@ -125,41 +129,49 @@ OTFACE_INLINE void sweep_rows(const T* K, int64_t ld, int64_t begin, int64_t end
   }
 }
 
-template <class T, class Weigh>
-void sweep_block(const T* K, int64_t ld, int64_t begin, int64_t end, const T* x, T* s, const Weigh& weigh) {
-  switch (ld / lanes<T>) {
-    case 1: return sweep_rows<T, 1>(K, ld, begin, end, x, s, weigh);
-    case 2: return sweep_rows<T, 2>(K, ld, begin, end, x, s, weigh);
-    case 3: return sweep_rows<T, 3>(K, ld, begin, end, x, s, weigh);
-    case 4: return sweep_rows<T, 4>(K, ld, begin, end, x, s, weigh);
-    default: return sweep_rows<T, 0>(K, ld, begin, end, x, s, weigh);
-  }
-}
-
 template <class T>
 class KernelMatrix {
  public:
   void attach(const Problem<T>* problem, const Executor* executor) {
     p_ = problem;
     executor_ = executor;
-    K_.resize(p_->padded_rows * p_->padded_cols);
+    const int64_t rest = p_->cols % lanes<T>;
+    strips_ = p_->cols > lanes<T> && rest <= lanes<T> / 4 ? rest : 0;
+    ld_ = strips_ > 0 ? p_->cols - rest : p_->padded_cols;
+    K_.resize(p_->swept_rows * ld_);
+    strip_.resize(strips_ * p_->padded_rows);
     f0_.resize(p_->padded_rows);
     g0_.resize(p_->padded_cols);
     empty_row_.resize(p_->padded_rows);
     empty_col_.resize(p_->padded_cols);
     partial_.resize(p_->blocks.count * p_->padded_cols);
     difference_.resize(p_->blocks.count * p_->padded_cols);
-    row_.resize(p_->blocks.count * p_->padded_cols);
+    rows_.resize(p_->blocks.count * 4 * p_->padded_cols);
     for (int64_t i = 0; i < p_->padded_rows; ++i) empty_row_[i] = i < p_->rows ? T(0) : T(1), f0_[i] = 0;
     for (int64_t j = 0; j < p_->padded_cols; ++j) empty_col_[j] = j < p_->cols ? T(0) : T(1), g0_[j] = 0;
-    for (int64_t k = p_->rows * p_->padded_cols; k < p_->padded_rows * p_->padded_cols; ++k) K_[k] = 0;
+    for (int64_t k = p_->rows * ld_; k < p_->swept_rows * ld_; ++k) K_[k] = 0;
+    for (int64_t c = 0; c < strips_; ++c)
+      for (int64_t i = p_->rows; i < p_->padded_rows; ++i) strip_[c * p_->padded_rows + i] = 0;
   }
 
-  const T* data() const { return K_; }
-  const double* f0() const { return f0_; }  // [padded_rows], zero in the padding
-  const double* g0() const { return g0_; }  // [padded_cols], zero in the padding
+  const T* main() const { return K_; }              // [swept_rows, ld], zero in the padding
+  int64_t ld() const { return ld_; }                // columns of the main part, a multiple of the lanes
+  int64_t strips() const { return strips_; }        // columns ld .. ld + strips - 1
+  const T* strip(int64_t c) const { return strip_ + c * p_->padded_rows; }  // [padded_rows], zero in the padding
+  const double* f0() const { return f0_; }          // [padded_rows], zero in the padding
+  const double* g0() const { return g0_; }          // [padded_cols], zero in the padding
   const T* empty_row() const { return empty_row_; }  // [padded_rows], 1 where no pair is allowed (and in the padding)
   const T* empty_col() const { return empty_col_; }  // [padded_cols]; added to the sums, they make such a sum 1, its log 0
+
+  // Row i in one piece, [padded_cols]: where it lies, or put together in `buffer`.
+  const T* row(int64_t i, T* buffer) const {
+    if (strips_ == 0) return K_ + i * ld_;
+    for (int64_t j = 0; j < ld_; j += lanes<T>) store(buffer + j, load<Vec<T>>(K_ + i * ld_ + j));
+    Vec<T> last{};
+    for (int64_t c = 0; c < strips_; ++c) last[c] = strip(c)[i];
+    store(buffer + ld_, last);
+    return buffer;
+  }
 
   // One iteration in the log domain from g, which leaves K, the base potentials and the sums r, s. `columns_too` tells
   // whether the columns had to be normalised as well, so that g0 is not g. False: the cost has a NaN or a -inf, or a row
@@ -180,33 +192,11 @@ class KernelMatrix {
       g0_[j] = g[j];
       g_is_zero = g_is_zero && g[j] == 0;
     }
+    const bool plain = g_is_zero && !p.has_zero_in_b;
     for_blocks([&](int64_t block, int64_t begin, int64_t end) {
-      T* c = row_ + block * p.padded_cols;
-      double* difference = difference_ + block * p.padded_cols;
-      for (int64_t i = begin; i < (end < p.rows ? end : p.rows); ++i) {
-        p.cost.read(i, c);
-        if (has_nan_or_minus_infinity(c, p.padded_cols)) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
-        // f0_i = min_j (C_ij - g_j) over the columns that have weight: the largest of those entries of row i of K is 1.
-        T* k = K_ + i * p.padded_cols;
-        double least;
-        if (g_is_zero && !p.has_zero_in_b) {
-          least = exp_of_row_minimum(c, k);
-        } else {
-          for (int64_t j = 0; j < p.padded_cols; ++j) difference[j] = static_cast<double>(c[j]) - g[j];
-          least = least_of(difference, p.skip, p.padded_cols);
-          if (least < infinity) {
-            for (int64_t j = 0; j < p.padded_cols; ++j) difference[j] = least - difference[j];
-            exp_of(difference, p.inverse_eps(), p.padded_cols, k);
-          }
-        }
-        if (least < infinity) {
-          f0_[i] = least;
-        } else {
-          for (int64_t j = 0; j < p.padded_cols; ++j) k[j] = 0;
-          f0_[i] = 0;
-          empty_row_[i] = 1;
-          if (p.a[i] > 0) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
-        }
+      for (int64_t i = begin; i < end; i += 4) {
+        const bool group_ok = plain ? build_four_rows_from_zero(block, i) : build_four_rows(block, i);
+        if (!group_ok) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
       }
     });
     if (!ok) return false;
@@ -220,8 +210,8 @@ class KernelMatrix {
     for (int64_t i = 0; i < p.rows; ++i) {
       if (!(r[i] < static_cast<T>(small_sum))) continue;
       const T scale = T(1) / r[i];
-      T* k = K_ + i * p.padded_cols;
-      for (int64_t j = 0; j < p.padded_cols; ++j) k[j] *= scale;
+      for (int64_t j = 0; j < ld_; ++j) K_[i * ld_ + j] *= scale;
+      for (int64_t c = 0; c < strips_; ++c) strip_[c * p.padded_rows + i] *= scale;
       f0_[i] -= p.eps * __builtin_log(static_cast<double>(r[i]));
       r[i] = 1;
     }
@@ -235,20 +225,26 @@ class KernelMatrix {
     fill_from_potentials();
   }
 
+  // For K from `absorb`: which rows and columns have no allowed pair, from the sums r = K b and s = K^T a.
+  void mark_empty(const T* r, const T* s) {
+    for (int64_t i = 0; i < p_->rows; ++i) empty_row_[i] = r[i] > 0 ? T(0) : T(1);
+    for (int64_t j = 0; j < p_->cols; ++j) empty_col_[j] = s[j] > 0 ? T(0) : T(1);
+  }
+
   // s = K^T w, where y = K x and w = weigh(i, y_i .. y_i+3) for every fourth i.
   template <class Weigh>
   void sweep(const T* x, T* s, const Weigh& weigh) const {
-    const int64_t ld = p_->padded_cols;
     if (p_->blocks.count == 1) {
-      sweep_block(K_.data(), ld, 0, p_->swept_rows, x, s, weigh);
+      sweep_block(0, p_->swept_rows, x, s, weigh);
       return;
     }
     for_blocks([&](int64_t block, int64_t begin, int64_t end) {
-      sweep_block(K_.data(), ld, begin, end, x, partial_ + block * ld, weigh);
+      sweep_block(begin, end, x, partial_ + block * p_->padded_cols, weigh);
     });
-    for (int64_t j = 0; j < ld; j += lanes<T>) {
+    for (int64_t j = 0; j < p_->padded_cols; j += lanes<T>) {
       Vec<T> sum = load<Vec<T>>(partial_ + j);
-      for (int64_t block = 1; block < p_->blocks.count; ++block) sum += load<Vec<T>>(partial_ + block * ld + j);
+      for (int64_t block = 1; block < p_->blocks.count; ++block)
+        sum += load<Vec<T>>(partial_ + block * p_->padded_cols + j);
       store(s + j, sum);
     }
   }
@@ -269,31 +265,133 @@ class KernelMatrix {
   }
 
  private:
-  // The common first iteration, from g = 0: k_j = exp((min c - c_j) / eps), in Real throughout. The difference of two
-  // Reals is exact to rounding, so nothing is lost.
-  double exp_of_row_minimum(const T* c, T* k) const {
+  template <class Weigh>
+  void sweep_block(int64_t begin, int64_t end, const T* x, T* s, const Weigh& weigh) const {
+    const int64_t strips = strips_, height = p_->padded_rows;
+    const T *strip = strip_, *x_strip = x + ld_;
+    Four<T> s_strip[lanes<T> / 4 + 1] = {};
+    const auto weigh_with_strips = [&](int64_t i, Four<T> y) __attribute__((always_inline)) {
+      for (int64_t c = 0; c < strips; ++c) y += load<Four<T>>(strip + c * height + i) * x_strip[c];
+      const Four<T> w = weigh(i, y);
+      for (int64_t c = 0; c < strips; ++c) s_strip[c] += load<Four<T>>(strip + c * height + i) * w;
+      return w;
+    };
+    const T* K = K_;
+    switch (ld_ / lanes<T>) {
+      case 1: sweep_rows<T, 1>(K, ld_, begin, end, x, s, weigh_with_strips); break;
+      case 2: sweep_rows<T, 2>(K, ld_, begin, end, x, s, weigh_with_strips); break;
+      case 3: sweep_rows<T, 3>(K, ld_, begin, end, x, s, weigh_with_strips); break;
+      case 4: sweep_rows<T, 4>(K, ld_, begin, end, x, s, weigh_with_strips); break;
+      default: sweep_rows<T, 0>(K, ld_, begin, end, x, s, weigh_with_strips); break;
+    }
+    if (strips == 0) return;
+    Vec<T> last{};
+    for (int64_t c = 0; c < strips; ++c) last[c] = (s_strip[c][0] + s_strip[c][1]) + (s_strip[c][2] + s_strip[c][3]);
+    store(s + ld_, last);
+  }
+
+  // The common first iteration, from g = 0: K_ij = exp((min_j C_ij - C_ij) / eps) and f0_i = min_j C_ij, in Real throughout:
+  // the difference of two Reals is exact to rounding, so nothing is lost. False as in `build`.
+  bool build_four_rows_from_zero(int64_t block, int64_t i) {
     using V = Vec<T>;
-    V least_v = load<V>(c);
-    for (int64_t j = lanes<T>; j < p_->padded_cols; j += lanes<T>) least_v = vmin(load<V>(c + j), least_v);
-    const T least = least_lane(least_v);
-    if (!(least < std::numeric_limits<T>::infinity())) return infinity;
+    constexpr int W = lanes<T>;
+    const Problem<T>& p = *p_;
+    const int64_t count = p.padded_cols, ld = ld_, valid = p.rows - i < 4 ? p.rows - i : 4;
     const double largest = static_cast<double>(std::numeric_limits<T>::max());
-    const T inverse_eps = static_cast<T>(p_->inverse_eps() < largest ? p_->inverse_eps() : largest);
-    for (int64_t j = 0; j < p_->padded_cols; j += lanes<T>)
-      store(k + j, vexp((least - load<V>(c + j)) * inverse_eps));
-    return static_cast<double>(least);
+    const T inverse_eps = static_cast<T>(p.inverse_eps() < largest ? p.inverse_eps() : largest);
+    T* c = rows_ + block * 4 * count;
+    const V minus_infinity = broadcast<V>(static_cast<T>(-infinity));
+    auto fine = V{} == V{};
+    V least_v[4];
+    for (int64_t q = 0; q < 4; ++q) {
+      least_v[q] = -minus_infinity;
+      if (q >= valid) continue;
+      p.cost.read(i + q, c + q * count);
+      for (int64_t j = 0; j < count; j += W) {
+        const V c_v = load<V>(c + q * count + j);
+        fine &= c_v > minus_infinity;
+        least_v[q] = vmin(c_v, least_v[q]);
+      }
+    }
+    if (any(~fine)) return false;
+    const Four<T> least = least_lanes(least_v[0], least_v[1], least_v[2], least_v[3]);
+    bool ok = true, all_four = valid == 4;
+    for (int64_t q = 0; q < valid; ++q) {
+      if (!(least[q] < std::numeric_limits<T>::infinity())) {
+        ok = set_empty_row(i + q) && ok;
+        all_four = false;
+        continue;
+      }
+      f0_[i + q] = static_cast<double>(least[q]);
+      const V base = broadcast<V>(static_cast<T>(least[q]));
+      const T* c_row = c + q * count;
+      T* k = K_ + (i + q) * ld;
+      for (int64_t j = 0; j < ld; j += W) store(k + j, vexp((base - load<V>(c_row + j)) * inverse_eps));
+    }
+    if constexpr (W >= 4) {  // there are no strips else
+      for (int64_t s = 0; s < strips_; ++s) {
+        V difference{};
+        for (int64_t q = 0; q < valid; ++q) difference[q] = least[q] - c[q * count + ld + s];
+        const Four<T> entries = low_four<T>(vexp(difference * inverse_eps));
+        T* strip = strip_ + s * p.padded_rows + i;
+        if (all_four) {
+          store(strip, entries);
+        } else {
+          for (int64_t q = 0; q < valid; ++q)
+            strip[q] = least[q] < std::numeric_limits<T>::infinity() ? entries[q] : T(0);
+        }
+      }
+    }
+    return ok;
+  }
+
+  // Any g: f0_i = min_j (C_ij - g_j) over the columns that have weight, so that the largest of those entries of K is 1.
+  bool build_four_rows(int64_t block, int64_t first) {
+    const Problem<T>& p = *p_;
+    T* c = rows_ + block * 4 * p.padded_cols;
+    double* difference = difference_ + block * p.padded_cols;
+    bool ok = true;
+    for (int64_t i = first; i < (first + 4 < p.rows ? first + 4 : p.rows); ++i) {
+      p.cost.read(i, c);
+      if (has_nan_or_minus_infinity(c, p.padded_cols)) return false;
+      for (int64_t j = 0; j < p.padded_cols; ++j) difference[j] = static_cast<double>(c[j]) - g0_[j];
+      const double least = least_of(difference, p.skip, p.padded_cols);
+      if (!(least < infinity)) {
+        ok = set_empty_row(i) && ok;
+        continue;
+      }
+      f0_[i] = least;
+      for (int64_t j = 0; j < p.padded_cols; ++j) difference[j] = least - difference[j];
+      store_exp(i, difference, c);
+    }
+    return ok;
+  }
+
+  bool set_empty_row(int64_t i) {
+    for (int64_t j = 0; j < ld_; ++j) K_[i * ld_ + j] = 0;
+    for (int64_t c = 0; c < strips_; ++c) strip_[c * p_->padded_rows + i] = 0;
+    f0_[i] = 0;
+    empty_row_[i] = 1;
+    return !(p_->a[i] > 0);
+  }
+
+  // Row i of K = exp(difference / eps).
+  void store_exp(int64_t i, const double* difference, T* buffer) {
+    exp_of(difference, p_->inverse_eps(), p_->padded_cols, buffer);
+    std::memcpy(K_ + i * ld_, buffer, static_cast<size_t>(ld_) * sizeof(T));
+    for (int64_t c = 0; c < strips_; ++c) strip_[c * p_->padded_rows + i] = buffer[ld_ + c];
   }
 
   void fill_from_potentials() {
     const Problem<T>& p = *p_;
     for_blocks([&](int64_t block, int64_t begin, int64_t end) {
-      T* c = row_ + block * p.padded_cols;
+      T* c = rows_ + block * 4 * p.padded_cols;
       double* difference = difference_ + block * p.padded_cols;
       for (int64_t i = begin; i < (end < p.rows ? end : p.rows); ++i) {
         if (empty_row_[i] > 0) continue;
         p.cost.read(i, c);
         add_potentials(c, f0_[i], g0_.data(), p.padded_cols, difference);
-        exp_of(difference, p.inverse_eps(), p.padded_cols, K_ + i * p.padded_cols);
+        store_exp(i, difference, c);
       }
     });
   }
@@ -304,7 +402,7 @@ class KernelMatrix {
     const Problem<T>& p = *p_;
     subtract_eps_log(f0_.data(), p.eps, r, p.padded_rows, f0_.data());
     for_blocks([&](int64_t block, int64_t begin, int64_t end) {
-      T* c = row_ + block * p.padded_cols;
+      T* c = rows_ + block * 4 * p.padded_cols;
       double* least = difference_ + block * p.padded_cols;
       for (int64_t j = 0; j < p.padded_cols; ++j) least[j] = infinity;
       for (int64_t i = begin; i < (end < p.rows ? end : p.rows); ++i) {
@@ -338,7 +436,8 @@ class KernelMatrix {
     for (int64_t j = 0; j < p.cols; ++j) {
       if (!(s[j] < static_cast<T>(small_sum))) continue;
       const T scale = T(1) / s[j];
-      for (int64_t i = 0; i < p.rows; ++i) K_[i * p.padded_cols + j] *= scale;
+      T* entry = j < ld_ ? K_ + j : strip_ + (j - ld_) * p.padded_rows;
+      for (int64_t i = 0; i < p.rows; ++i) entry[i * (j < ld_ ? ld_ : 1)] *= scale;
       g0_[j] -= p.eps * __builtin_log(static_cast<double>(s[j]));
       s[j] = 1;
     }
@@ -347,12 +446,13 @@ class KernelMatrix {
 
   const Problem<T>* p_ = nullptr;
   const Executor* executor_ = nullptr;
-  Buffer<T> K_;  // [padded_rows, padded_cols], zero in the padding
+  int64_t ld_ = 0, strips_ = 0;
+  Buffer<T> K_, strip_;
   Buffer<double> f0_, g0_;
   Buffer<T> empty_row_, empty_col_;
   mutable Buffer<T> partial_;  // [blocks, padded_cols]: column sums of each block
   Buffer<double> difference_;  // [blocks, padded_cols]
-  Buffer<T> row_;              // [blocks, padded_cols]
+  Buffer<T> rows_;             // [blocks, 4, padded_cols]
 };
 
 }  // namespace

@@ -71,32 +71,45 @@ template <class T>
 class CostRows {
  public:
   CostRows() = default;
-  CostRows(const CostView& view, int64_t batch_index, int64_t cols, int64_t padded_cols)
-      : view_(view), offset_(batch_index * view.batch_stride), cols_(cols), padded_cols_(padded_cols) {}
+  CostRows(const CostView& view, int64_t batch_index, int64_t rows, int64_t cols, int64_t padded_cols)
+      : view_(view), offset_(batch_index * view.batch_stride), cols_(cols), padded_cols_(padded_cols) {
+    // A whole vector may be read past the end of row i as long as that stays within the rows that follow.
+    const int64_t past = padded_cols - cols;
+    readable_rows_ = view.row_stride > 0 ? rows - (past + view.row_stride - 1) / view.row_stride : 0;
+    if (past == 0) readable_rows_ = rows;
+  }
 
   // Row i as contiguous Reals, with +inf (a forbidden pair) in the padding.
   void read(int64_t i, T* out) const {
-    const int64_t start = offset_ + i * view_.row_stride, stride = view_.col_stride;
     switch (view_.dtype) {
-      case DType::float32: copy(static_cast<const float*>(view_.data) + start, stride, out, [](float x) { return x; }); break;
-      case DType::float64: copy(static_cast<const double*>(view_.data) + start, stride, out, [](double x) { return x; }); break;
-      case DType::float16: copy(static_cast<const uint16_t*>(view_.data) + start, stride, out, half_to_float); break;
-      case DType::bfloat16: copy(static_cast<const uint16_t*>(view_.data) + start, stride, out, bfloat_to_float); break;
+      case DType::float32: return copy<float>(i, out, [](float x) { return x; });
+      case DType::float64: return copy<double>(i, out, [](double x) { return x; });
+      case DType::float16: return copy<uint16_t>(i, out, half_to_float);
+      case DType::bfloat16: return copy<uint16_t>(i, out, bfloat_to_float);
     }
-    for (int64_t j = cols_; j < padded_cols_; ++j) out[j] = static_cast<T>(infinity);
   }
 
  private:
   template <class S, class Convert>
-  void copy(const S* in, int64_t stride, T* out, Convert convert) const {
-    if (stride == 1) {
-      for (int64_t j = 0; j < cols_; ++j) out[j] = static_cast<T>(convert(in[j]));
-    } else {
-      for (int64_t j = 0; j < cols_; ++j) out[j] = static_cast<T>(convert(in[j * stride]));
+  void copy(int64_t i, T* out, Convert convert) const {
+    const int64_t stride = view_.col_stride;
+    const S* in = static_cast<const S*>(view_.data) + offset_ + i * view_.row_stride;
+    if (stride == 1 && i < readable_rows_) {
+      constexpr int W = lanes<T>;
+      for (int64_t j = 0; j < padded_cols_; j += W)
+        for (int k = 0; k < W; ++k) out[j + k] = static_cast<T>(convert(in[j + k]));
+      if (padded_cols_ > cols_) {
+        T* tail = out + padded_cols_ - W;
+        const Vec<T> last = load<Vec<T>>(tail), forbidden = broadcast<Vec<T>>(static_cast<T>(infinity));
+        store(tail, lane_numbers<T>() < static_cast<T>(cols_ - (padded_cols_ - W)) ? last : forbidden);
+      }
+      return;
     }
+    for (int64_t j = 0; j < cols_; ++j) out[j] = static_cast<T>(convert(in[j * stride]));
+    for (int64_t j = cols_; j < padded_cols_; ++j) out[j] = static_cast<T>(infinity);
   }
   CostView view_{};
-  int64_t offset_ = 0, cols_ = 0, padded_cols_ = 0;
+  int64_t offset_ = 0, cols_ = 0, padded_cols_ = 0, readable_rows_ = 0;
 };
 
 // How the rows of a matrix are split into tasks. It depends on the shape alone, never on the number of threads, because
@@ -140,7 +153,7 @@ struct Problem {
   int64_t rows = 0, cols = 0;
   int64_t swept_rows = 0;   // rows rounded up to 4: what a sweep reads
   int64_t padded_rows = 0;  // rows rounded up to the lanes (and 4): the length of arrays over rows
-  int64_t padded_cols = 0;  // cols rounded up to the lanes: the length of arrays over columns and of a row of a matrix
+  int64_t padded_cols = 0;  // cols rounded up to the lanes: the length of arrays over columns
   double eps = 1;
   bool valid = false;          // false: eps, weights or lengths cannot be used; the outputs are NaN
   bool has_zero_in_b = false;  // some column of zero weight: it has no say in what a row is compared with
@@ -158,7 +171,7 @@ struct Problem {
     padded_rows = round_up(rows, lanes<T> > 4 ? lanes<T> : 4);
     padded_cols = round_up(cols, lanes<T>);
     blocks = RowBlocks(swept_rows, padded_cols);
-    cost = CostRows<T>(problems.cost, batch_index, cols, padded_cols);
+    cost = CostRows<T>(problems.cost, batch_index, rows, cols, padded_cols);
     eps = problems.eps[batch_index * problems.eps_stride];
     bool zero_in_a = false;
     const bool a_ok = problems.is_double ? read_weights<double>(problems.a, rows, padded_rows, a, mass_a, zero_in_a)

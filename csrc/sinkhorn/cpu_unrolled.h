@@ -19,7 +19,7 @@
 namespace otface::sinkhorn {
 namespace {
 
-// sum_k left[k][i] right[k][j] for the terms collected so far, added up entry by entry times K.
+// sum_k left[k][i] right[k][j] for the terms collected so far, added up entry by entry times K. Laid out like K.
 template <class T>
 class OuterProducts {
  public:
@@ -28,8 +28,11 @@ class OuterProducts {
     matrix_ = matrix;
     left_.resize(most_terms * p->padded_rows);
     right_.resize(most_terms * p->padded_cols);
-    sum_.resize(p->swept_rows * p->padded_cols);
-    for (int64_t k = 0; k < p->swept_rows * p->padded_cols; ++k) sum_[k] = 0;
+    const int64_t count = p->swept_rows * matrix->ld(), strip_count = matrix->strips() * p->padded_rows;
+    sum_.resize(count);
+    strip_sum_.resize(strip_count);
+    for (int64_t k = 0; k < count; ++k) sum_[k] = 0;
+    for (int64_t k = 0; k < strip_count; ++k) strip_sum_[k] = 0;
     terms_ = 0;
   }
 
@@ -46,43 +49,67 @@ class OuterProducts {
     matrix_->for_blocks([&](int64_t, int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i += 4) {
         int64_t j = 0;
-        for (; j + 4 * W <= p_->padded_cols; j += 4 * W) add_tile<4>(i, j);
-        for (; j < p_->padded_cols; j += W) add_tile<1>(i, j);
+        for (; j + 4 * W <= matrix_->ld(); j += 4 * W) add_tile<4>(i, j);
+        for (; j + 3 * W <= matrix_->ld(); j += 3 * W) add_tile<3>(i, j);
+        for (; j < matrix_->ld(); j += W) add_tile<1>(i, j);
+        for (int64_t c = 0; c < matrix_->strips(); ++c) add_to_strip(i, c);
       }
     });
     terms_ = 0;
   }
 
-  T* sum() { return sum_; }  // [swept_rows, padded_cols]
+  // Row i of the sum: add to it, or write it out, with zeros in the padding up to m.
+  void add_row(int64_t i, const T* row) {
+    for (int64_t j = 0; j < p_->cols; ++j) entry(i, j) += row[j];
+  }
+  void write_row(int64_t i, int64_t m, T* out) {
+    const int64_t in_main = p_->cols - matrix_->strips();
+    std::memcpy(out, sum_ + i * matrix_->ld(), static_cast<size_t>(in_main) * sizeof(T));
+    for (int64_t j = in_main; j < m; ++j) out[j] = j < p_->cols ? entry(i, j) : T(0);
+  }
 
  private:
   static constexpr int most_terms = 32;
+
+  T& entry(int64_t i, int64_t j) {
+    const int64_t ld = matrix_->ld();
+    return j < ld ? sum_[i * ld + j] : strip_sum_[(j - ld) * p_->padded_rows + i];
+  }
 
   template <int Width>
   OTFACE_INLINE void add_tile(int64_t i, int64_t j) {
     using V = Vec<T>;
     constexpr int W = lanes<T>;
     V tile[4][Width] = {};
-    for (int64_t k = 0; k < terms_; ++k) {
-      const T* l = left_ + k * p_->padded_rows + i;
-      const T* r = right_ + k * p_->padded_cols + j;
+    const int64_t terms = terms_, height = p_->padded_rows, width = p_->padded_cols;
+    const T *l = left_ + i, *r = right_ + j;
+    for (int64_t k = 0; k < terms; ++k, l += height, r += width) {
       for (int v = 0; v < Width; ++v) {
         const V r_v = load<V>(r + v * W);
         for (int q = 0; q < 4; ++q) tile[q][v] += r_v * l[q];
       }
     }
     for (int q = 0; q < 4; ++q) {
-      const int64_t at = (i + q) * p_->padded_cols + j;
+      const int64_t at = (i + q) * matrix_->ld() + j;
       for (int v = 0; v < Width; ++v) {
         T* out = sum_ + at + v * W;
-        store(out, load<V>(out) + tile[q][v] * load<V>(matrix_->data() + at + v * W));
+        store(out, load<V>(out) + tile[q][v] * load<V>(matrix_->main() + at + v * W));
       }
     }
   }
 
+  void add_to_strip(int64_t i, int64_t c) {
+    Four<T> tile{};
+    for (int64_t k = 0; k < terms_; ++k)
+      tile += load<Four<T>>(left_ + k * p_->padded_rows + i) * right_[k * p_->padded_cols + matrix_->ld() + c];
+    T* out = strip_sum_ + c * p_->padded_rows + i;
+    store(out, load<Four<T>>(out) + tile * load<Four<T>>(matrix_->strip(c) + i));
+  }
+
   const Problem<T>* p_ = nullptr;
   const KernelMatrix<T>* matrix_ = nullptr;
-  Buffer<T> left_, right_, sum_;
+  Buffer<T> left_, right_;  // [most_terms, padded_rows], [most_terms, padded_cols]
+  Buffer<T> sum_, strip_sum_;
   int64_t terms_ = 0;
 };
 
@@ -124,7 +151,7 @@ class UnrolledGradient {
     if (wants_cost_) {
       matrix_.for_blocks([&](int64_t, int64_t first, int64_t past) {
         for (int64_t i = first; i < (past < p.rows ? past : p.rows); ++i)
-          write_cost_row(products_.sum() + i * p.padded_cols, p.cols, all.m, views.cost + i * all.m);
+          products_.write_row(i, all.m, views.cost + i * all.m);
       });
       clear_cost_rows(p.rows, all.n, all.m, views.cost);
     }
@@ -181,11 +208,11 @@ class UnrolledGradient {
     outputs_.compute(
         p, matrix_, *params_, views, potentials,
         [&](int64_t i, T* e) {
-          const T* k = matrix_.data() + i * p.padded_cols;
+          const T* k = matrix_.row(i, e);
           for (int64_t j = 0; j < p.padded_cols; ++j) e[j] = k[j] / (r[i] * s[j]);
         },
         [&](int64_t i, const T* dc) {
-          if (wants_cost_) std::memcpy(products_.sum() + i * p.padded_cols, dc, static_cast<size_t>(p.cols) * sizeof(T));
+          if (wants_cost_) products_.add_row(i, dc);
         });
     for (int64_t i = 0; i < p.rows; ++i) grad_f_[i] = static_cast<T>(outputs_.f[i]);
     for (int64_t j = 0; j < p.cols; ++j) grad_g_[j] = static_cast<T>(outputs_.g[j]);
