@@ -6,12 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-NEW_ENOUGH := import sys, venv; sys.exit(sys.version_info < (3, 10))
+NEW_ENOUGH := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(firstword $(foreach python,python3 python3.13 python3.12 python3.11 python3.10,\
 	$(shell $(python) -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && echo $(python))))
 SOURCES := setup.py pyproject.toml tools/toolchain.py $(shell find csrc -type f)
 
 MAKEFLAGS += --no-print-directory
+.NOTPARALLEL:
 .PHONY: test bench lint clean FORCE
 
 test: export OTFACE_WERROR = 1
@@ -30,10 +31,14 @@ lint: $(VENV)/dev
 clean:
 	rm -rf $(VENV) build dist *.egg-info otface_cuda/*.so
 
-# A stamp for each optional group of pyproject.toml: the package is compiled and that group is installed with it.
-$(VENV)/test $(VENV)/bench $(VENV)/dev: $(VENV)/%: $(VENV)/torch $(SOURCES)
-	$(PIP) --no-build-isolation -e '.[$*]'
+# A stamp for each optional group of pyproject.toml. The package is there already, so pip adds what the group names.
+$(VENV)/test $(VENV)/bench $(VENV)/dev: $(VENV)/%: $(VENV)/compiled
+	$(PIP) 'otface_cuda[$*]'
 	@$(BIN)/python -m otface_cuda
+	@touch $@
+
+$(VENV)/compiled: $(VENV)/torch $(SOURCES)
+	$(PIP) --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/torch: $(VENV)/settings
