@@ -79,8 +79,8 @@ void clear_cost_rows(int64_t begin, int64_t end, int64_t m, T* out) {
 template <class T>
 struct OutputGradient {
   Buffer<double> f, g, a, b;  // [padded_rows] or [padded_cols], zero in the padding
-  Buffer<double> partial_g, partial_b;
-  Buffer<T> row;
+  Buffer<T> partial_g, partial_b;  // [blocks, padded_cols]
+  Buffer<T> row;                   // [blocks, 4, padded_cols]
 
   // E(i) gives row i of E as [padded_cols] values; `add_to_cost` is called with (i, row) when the plan is involved.
   template <class Real, class ERow, class AddToCost>
@@ -115,43 +115,44 @@ struct OutputGradient {
     }
     if (in.plan == nullptr && in.transport_cost == 0) return;
 
-    const double inverse_eps = p.inverse_eps();
-    double* parts_g = zero(partial_g, p.blocks.count * p.padded_cols);
-    double* parts_b = zero(partial_b, p.blocks.count * p.padded_cols);
-    row.resize(3 * p.blocks.count * p.padded_cols);
+    using V = Vec<T>;
+    const int64_t count = p.padded_cols;
+    const T inverse_eps = static_cast<T>(p.inverse_eps()), transport_cost = static_cast<T>(in.transport_cost);
+    partial_g.resize(p.blocks.count * count);
+    partial_b.resize(p.blocks.count * count);
+    row.resize(4 * p.blocks.count * count);
     matrix.for_blocks([&](int64_t block, int64_t begin, int64_t end) {
-      T* c = row + 3 * block * p.padded_cols;
-      T *e = c + p.padded_cols, *dc = e + p.padded_cols;
-      double *block_g = parts_g + block * p.padded_cols, *block_b = parts_b + block * p.padded_cols;
+      T* c = row + 4 * block * count;
+      T *e = c + count, *dc = e + count, *by_plan = dc + count;
+      T *block_g = partial_g + block * count, *block_b = partial_b + block * count;
+      for (int64_t j = 0; j < count; ++j) block_g[j] = block_b[j] = by_plan[j] = 0;
       for (int64_t i = begin; i < (end < p.rows ? end : p.rows); ++i) {
         p.cost.read(i, c);
         e_row(i, e);
-        const double a_i = static_cast<double>(p.a[i]);
-        double sum_f = 0, sum_a = 0;
-        for (int64_t j = 0; j < p.cols; ++j) {
-          const double c_ij = static_cast<double>(c[j]);
-          dc[j] = 0;
-          if (!(c_ij < infinity)) continue;
-          const double e_ij = static_cast<double>(e[j]), b_j = static_cast<double>(p.b[j]);
-          const double by_plan =
-              in.transport_cost * c_ij + (in.plan == nullptr ? 0.0 : static_cast<double>(in.plan[i * all.m + j]));
-          const double plan_ij = a_i * b_j * e_ij;
-          const double by_exponent = plan_ij * by_plan * inverse_eps;
+        if (in.plan != nullptr)
+          for (int64_t j = 0; j < p.cols; ++j) by_plan[j] = static_cast<T>(in.plan[i * all.m + j]);
+        const T a_i = p.a[i];
+        V sum_f{}, sum_a{};
+        for (int64_t j = 0; j < count; j += lanes<T>) {
+          const V c_v = load<V>(c + j), e_v = load<V>(e + j), b_v = load<V>(p.b + j);
+          const auto allowed = c_v < std::numeric_limits<T>::infinity();
+          const V p_v = allowed ? transport_cost * c_v + load<V>(by_plan + j) : V{};
+          const V plan = a_i * (b_v * e_v), by_exponent = plan * p_v * inverse_eps;
           sum_f += by_exponent;
-          block_g[j] += by_exponent;
-          sum_a += b_j * e_ij * by_plan;
-          block_b[j] += a_i * e_ij * by_plan;
-          dc[j] = static_cast<T>(in.transport_cost * plan_ij - by_exponent);
+          sum_a += b_v * e_v * p_v;
+          store(block_g + j, load<V>(block_g + j) + by_exponent);
+          store(block_b + j, load<V>(block_b + j) + a_i * e_v * p_v);
+          store(dc + j, transport_cost * plan - by_exponent);
         }
-        f_[i] += sum_f;
-        a_[i] += sum_a;
+        f_[i] += static_cast<double>(sum_lanes(sum_f));
+        a_[i] += static_cast<double>(sum_lanes(sum_a));
         add_to_cost(i, dc);
       }
     });
     for (int64_t block = 0; block < p.blocks.count; ++block) {
       for (int64_t j = 0; j < p.cols; ++j) {
-        g_[j] += parts_g[block * p.padded_cols + j];
-        b_[j] += parts_b[block * p.padded_cols + j];
+        g_[j] += static_cast<double>(partial_g[block * count + j]);
+        b_[j] += static_cast<double>(partial_b[block * count + j]);
       }
     }
   }

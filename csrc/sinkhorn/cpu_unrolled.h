@@ -23,22 +23,26 @@ namespace {
 template <class T>
 class OuterProducts {
  public:
-  void attach(const Problem<T>* p, const KernelMatrix<T>* matrix) {
+  // Where the sum is not wanted, the factors have their place all the same and are forgotten.
+  void attach(const Problem<T>* p, const KernelMatrix<T>* matrix, bool wanted) {
     p_ = p;
     matrix_ = matrix;
+    wanted_ = wanted;
     left_.resize(most_terms * p->padded_rows);
     right_.resize(most_terms * p->padded_cols);
     const int64_t count = p->swept_rows * matrix->ld(), strip_count = matrix->strips() * p->padded_rows;
+    terms_ = 0;
+    if (!wanted) return;
     sum_.resize(count);
     strip_sum_.resize(strip_count);
     for (int64_t k = 0; k < count; ++k) sum_[k] = 0;
     for (int64_t k = 0; k < strip_count; ++k) strip_sum_[k] = 0;
-    terms_ = 0;
   }
 
   T* left(int ahead = 0) { return left_ + (terms_ + ahead) * p_->padded_rows; }
   T* right(int ahead = 0) { return right_ + (terms_ + ahead) * p_->padded_cols; }
   void push(int terms) {
+    if (!wanted_) return;
     terms_ += terms;
     if (terms_ + 2 > most_terms) flush();
   }
@@ -60,6 +64,7 @@ class OuterProducts {
 
   // Row i of the sum: add to it, or write it out, with zeros in the padding up to m.
   void add_row(int64_t i, const T* row) {
+    if (!wanted_) return;
     for (int64_t j = 0; j < p_->cols; ++j) entry(i, j) += row[j];
   }
   void write_row(int64_t i, int64_t m, T* out) {
@@ -110,6 +115,7 @@ class OuterProducts {
   const KernelMatrix<T>* matrix_ = nullptr;
   Buffer<T> left_, right_;  // [most_terms, padded_rows], [most_terms, padded_cols]
   Buffer<T> sum_, strip_sum_;
+  bool wanted_ = false;
   int64_t terms_ = 0;
 };
 
@@ -127,15 +133,18 @@ class UnrolledGradient {
       return;
     }
     params_ = &params;
-    wants_cost_ = views.cost != nullptr;
+    wants_a_ = views.a != nullptr;
+    wants_b_ = views.b != nullptr;
+    f_is_zero_ = false;
     matrix_.attach(&problem_, executor);
-    if (wants_cost_) products_.attach(&problem_, &matrix_);
+    products_.attach(&problem_, &matrix_, views.cost != nullptr);
     for (Buffer<T>& r : r_) fill(r, p.padded_rows, T(1));
     for (Buffer<T>& s : s_) fill(s, p.padded_cols, T(1));
-    Buffer<T>* const over_rows[] = {&grad_f_, &weights_, &row_share_};
-    Buffer<T>* const over_cols[] = {&grad_g_, &x_, &column_sums_, &y_};
-    for (Buffer<T>* x : over_rows) fill(*x, p.padded_rows, T(0));
-    for (Buffer<T>* x : over_cols) fill(*x, p.padded_cols, T(0));
+    fill(grad_f_, p.padded_rows, T(0));
+    fill(row_share_, p.padded_rows, T(0));
+    fill(grad_g_, p.padded_cols, T(0));
+    fill(column_sums_, p.padded_cols, T(0));
+    fill(ones_, p.padded_cols, T(1));
     start_g_.resize(p.padded_cols);
 
     const int64_t last = params.n_iter[index];
@@ -148,7 +157,7 @@ class UnrolledGradient {
 
     write_weights_gradient(outputs_.a.data(), p.rows, all.n, false, views.a);
     write_weights_gradient(outputs_.b.data(), p.cols, all.m, false, views.b);
-    if (wants_cost_) {
+    if (views.cost != nullptr) {
       matrix_.for_blocks([&](int64_t, int64_t first, int64_t past) {
         for (int64_t i = first; i < (past < p.rows ? past : p.rows); ++i)
           products_.write_row(i, all.m, views.cost + i * all.m);
@@ -172,6 +181,10 @@ class UnrolledGradient {
   }
   void load_sums(int64_t iteration, T* r, T* s) const {
     const T* in = slot(iteration);
+    // The history is read backwards, which the processor does not foresee. (A prefetch past its start does no harm.)
+    const char* ahead = reinterpret_cast<const char*>(in - 4 * params_->history.slot);
+    const int64_t bytes = params_->history.slot * static_cast<int64_t>(sizeof(T));
+    for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(ahead + k);
     std::memcpy(s, in, static_cast<size_t>(problem_.cols) * sizeof(T));
     std::memcpy(r, in + params_->problems.m, static_cast<size_t>(problem_.rows) * sizeof(T));
   }
@@ -191,16 +204,15 @@ class UnrolledGradient {
     for (int64_t t = end; t > begin; --t) {
       const int before = t - 1 == begin ? 0 : 3 - now;
       if (before != 0) load_sums(t - 1, r_[before], s_[before]);
-      reverse_columns_and_rows(r_[now], s_[now], s_[before]);
+      reverse_iteration(r_[now], s_[now], s_[before]);
       now = before;
     }
-    if (!columns_too) {
-      fill(y_, p.padded_cols, T(1));  // K was built from g itself: its scaling is 1
-      reverse_columns_and_rows(r_[0], s_[0], y_);
-    } else {
+    if (columns_too) {
       reverse_apart(r_[0], s_[0]);
+    } else {
+      reverse_iteration(r_[0], s_[0], ones_);  // K was built from g itself, whose scaling is 1
     }
-    if (wants_cost_) products_.flush();
+    products_.flush();
   }
 
   void start_from_outputs(const GradientViews<T>& views, const double* potentials, const T* r, const T* s) {
@@ -212,81 +224,85 @@ class UnrolledGradient {
           for (int64_t j = 0; j < p.padded_cols; ++j) e[j] = k[j] / (r[i] * s[j]);
         },
         [&](int64_t i, const T* dc) {
-          if (wants_cost_) products_.add_row(i, dc);
+          products_.add_row(i, dc);
         });
     for (int64_t i = 0; i < p.rows; ++i) grad_f_[i] = static_cast<T>(outputs_.f[i]);
     for (int64_t j = 0; j < p.cols; ++j) grad_g_[j] = static_cast<T>(outputs_.g[j]);
   }
 
-  // x = G / s, the columns that the sweep multiplies with; the first outer product is (a / r) x^T.
-  void scale_columns(const T* r, const T* s) {
+  // The columns half of an iteration: x = G / s, then one sweep gives F and K^T (F / r). The outer product is (a / r) x^T.
+  // x and the weights F / r are written where the outer products expect them.
+  void reverse_columns(const T* r, const T* s) {
+    using V = Vec<T>;
     const Problem<T>& p = problem_;
-    for (int64_t j = 0; j < p.padded_cols; ++j) x_[j] = grad_g_[j] / s[j];
-    if (!wants_cost_) return;
-    std::memcpy(products_.right(), x_.data(), static_cast<size_t>(p.padded_cols) * sizeof(T));
-    for (int64_t i = 0; i < p.padded_rows; ++i) products_.left()[i] = p.a[i] / r[i];
-  }
-
-  // One sweep: F from G, and column_sums_ = K^T (F / r). row_share_ = (K x)_i / r_i, weights_ = F / r.
-  void sweep(const T* r) {
-    matrix_.sweep(x_, column_sums_, [&](int64_t i, Four<T> y) {
-      const Four<T> r_i = load<Four<T>>(r + i), share = y / r_i;
-      const Four<T> w = (load<Four<T>>(grad_f_ + i) - load<Four<T>>(problem_.a + i) * share) / r_i;
-      store(row_share_ + i, share);
-      store(weights_ + i, w);
+    T *x = products_.right(0), *row_weights = products_.left(0), *F_over_r = products_.left(1);
+    for (int64_t j = 0; j < p.padded_cols; j += lanes<T>) store(x + j, load<V>(grad_g_ + j) / load<V>(s + j));
+    for (int64_t i = 0; i < p.padded_rows; i += lanes<T>) store(row_weights + i, load<V>(p.a + i) / load<V>(r + i));
+    const T* grad_f = grad_f_;
+    T* row_share = row_share_;
+    matrix_.sweep(x, column_sums_, [=](int64_t i, Four<T> y) {
+      const Four<T> r_i = load<Four<T>>(r + i);
+      const Four<T> w = (load<Four<T>>(grad_f + i) - load<Four<T>>(row_weights + i) * y) / r_i;
+      store(row_share + i, y);
+      store(F_over_r + i, w);
       return w;
     });
-    for (int64_t i = 0; i < problem_.rows; ++i)
-      outputs_.a[i] -= problem_.eps * static_cast<double>(row_share_[i]);
+    if (wants_a_)
+      for (int64_t i = 0; i < p.rows; ++i)
+        outputs_.a[i] -= p.eps * (static_cast<double>(row_share_[i]) / static_cast<double>(r[i]));
   }
 
-  // G of the iteration before, whose column sums are s_before; the outer product is (F / r) (b / s_before)^T.
-  void finish_rows(const T* s_before, int product) {
+  // The rows half: G of the iteration before, with column sums s_before and x_before = b / s_before. The outer product is
+  // (F / r) x_before^T.
+  void reverse_rows(const T* x_before, const T* s_before) {
+    using V = Vec<T>;
     const Problem<T>& p = problem_;
-    for (int64_t j = 0; j < p.cols; ++j) {
-      const T sum = column_sums_[j] / s_before[j];
-      grad_g_[j] = -p.b[j] * sum;
-      outputs_.b[j] -= p.eps * static_cast<double>(sum);
-    }
-    for (int64_t i = 0; i < p.padded_rows; ++i) grad_f_[i] = 0;
-    if (!wants_cost_) return;
-    std::memcpy(products_.left(product), weights_.data(), static_cast<size_t>(p.padded_rows) * sizeof(T));
-    for (int64_t j = 0; j < p.padded_cols; ++j) products_.right(product)[j] = p.b[j] / s_before[j];
-    products_.push(product + 1);
+    for (int64_t j = 0; j < p.padded_cols; j += lanes<T>)
+      store(grad_g_ + j, -load<V>(x_before + j) * load<V>(column_sums_ + j));
+    if (wants_b_)
+      for (int64_t j = 0; j < p.cols; ++j)
+        outputs_.b[j] -= p.eps * (static_cast<double>(column_sums_[j]) / static_cast<double>(s_before[j]));
+    if (!f_is_zero_) fill(grad_f_, p.padded_rows, T(0));
+    f_is_zero_ = true;  // f reaches the outputs through the last iteration only
   }
 
-  void reverse_columns_and_rows(const T* r, const T* s, const T* s_before) {
-    scale_columns(r, s);
-    sweep(r);
-    finish_rows(s_before, 1);
+  // Both halves of an iteration with the sums r, s; s_before are the column sums it started from.
+  void reverse_iteration(const T* r, const T* s, const T* s_before) {
+    using V = Vec<T>;
+    reverse_columns(r, s);
+    T* x_before = products_.right(1);
+    for (int64_t j = 0; j < problem_.padded_cols; j += lanes<T>)
+      store(x_before + j, load<V>(problem_.b + j) / load<V>(s_before + j));
+    reverse_rows(x_before, s_before);
+    products_.push(2);
   }
 
   // The rebuild normalised the columns as well, so that the two halves of this iteration belong to two matrices.
   void reverse_apart(T* r, T* s) {
     const Problem<T>& p = problem_;
-    scale_columns(r, s);
-    sweep(r);
-    if (wants_cost_) {
-      products_.push(1);
-      products_.flush();
-    }
-    for (int64_t i = 0; i < p.padded_rows; ++i) weights_[i] *= r[i];  // F
+    reverse_columns(r, s);
+    fill(F_, p.padded_rows, T(0));
+    for (int64_t i = 0; i < p.rows; ++i) F_[i] = products_.left(1)[i] * r[i];
+    products_.push(1);
+    products_.flush();
     matrix_.build_rows(start_g_, r, s);
-    for (int64_t i = 0; i < p.padded_rows; ++i) weights_[i] /= r[i];
-    matrix_.sweep(x_, column_sums_, [&](int64_t i, Four<T>) { return load<Four<T>>(weights_ + i); });
-    fill(y_, p.padded_cols, T(1));
-    finish_rows(y_, 0);
+    T *F_over_r = products_.left(0), *x_before = products_.right(0);
+    for (int64_t i = 0; i < p.padded_rows; ++i) F_over_r[i] = F_[i] / r[i];
+    for (int64_t j = 0; j < p.padded_cols; ++j) x_before[j] = p.b[j];
+    matrix_.sweep(x_before, column_sums_, [=](int64_t i, Four<T>) { return load<Four<T>>(F_over_r + i); });
+    reverse_rows(x_before, ones_);
+    products_.push(1);
   }
 
   const BackwardParams* params_ = nullptr;
-  bool wants_cost_ = false;
+  bool wants_a_ = false, wants_b_ = false, f_is_zero_ = false;
   Problem<T> problem_;
   KernelMatrix<T> matrix_;
   OuterProducts<T> products_;
   OutputGradient<T> outputs_;
   Buffer<T> r_[3], s_[3];
-  Buffer<T> grad_f_, weights_, row_share_;      // [padded_rows]
-  Buffer<T> grad_g_, x_, column_sums_, y_;      // [padded_cols]
+  Buffer<T> grad_f_, F_, row_share_;           // [padded_rows]
+  Buffer<T> grad_g_, column_sums_, ones_;      // [padded_cols]
   Buffer<double> start_g_;
 };
 
