@@ -45,6 +45,7 @@ from problems import (
 )
 
 ROW_SECONDS = 5.0  # time budget of a row; everyone gets five repetitions, however long that takes
+BUSY = 0.5  # a load average from which the table warns
 ERROR_PROBLEMS = 64  # how many problems give the marginal error of potentials, and the iterations that match it
 
 
@@ -123,6 +124,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     use_threads(options.threads)
+    load = os.getloadavg()[0]
     device = options.device
     rows = quick_rows(device) if options.quick else ROWS[device]
     points, facts = None, None
@@ -159,7 +161,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for row, result in zip(rows, results, strict=True):
         result["work"] = roofline.work(row)
         result["limit"] = roofline.percentage(row, result["ours"]["seconds"]["median"], best, device)
-    return {**provenance(device, peers), "quick": options.quick, "limits": best, "faces": facts, "rows": results}
+    return {
+        **provenance(device, peers),
+        "load_before": load,
+        "quick": options.quick,
+        "limits": best,
+        "faces": facts,
+        "rows": results,
+    }
 
 
 def run_row(problem: Problem, peers: list[Peer], clock: measure.Clock, least: int, budget: float) -> dict[str, Any]:
@@ -413,6 +422,10 @@ def heading(result: dict[str, Any]) -> str:
         f"otface_cuda {result['info'].get('version', '')} at {(result['commit'] or 'no commit')[:10]}"
         f"{' with changes' if result['dirty'] else ''}"
     ]
+    if result["load_before"] > BUSY:
+        lines.append(
+            f"Other programs kept {result['load_before']:.1f} CPUs busy before this run: do not trust its figures."
+        )
     limits = result["limits"]
     reads = "".join(
         f", reading {int(size) / 2**20:.0f} MB {rate / 1e9:.0f} GB/s"

@@ -54,7 +54,8 @@ def check_int(where: str, name: str, x: Any, least: int) -> int:
         raise wrong_type(where, name, "an int", x)
     if x < least:
         raise wrong_value(where, name, f"at least {least}", x)
-    return x if isinstance(x, torch.SymInt) else int(x)
+    whole: int = x if isinstance(x, torch.SymInt) else int(x)  # type: ignore[assignment]
+    return whole
 
 
 def check_choice(where: str, name: str, x: Any, choices: Sequence[str]) -> None:
@@ -69,7 +70,9 @@ def per_problem(where: str, name: str, x: Any, batch: int, like: Tensor, *, posi
         if x.is_complex() or x.dtype == torch.bool:
             raise wrong_type(where, name, f"{expected} or a tensor of shape ({batch},)", x)
         if x.requires_grad:
-            raise ValueError(f"{where}: `{name}` must not require grad, its gradient is not computed; pass `{name}.detach()`")
+            raise ValueError(
+                f"{where}: `{name}` must not require grad, its gradient is not computed; pass `{name}.detach()`"
+            )
         if x.shape not in ((), (batch,)):
             raise wrong_value(where, name, f"{expected} or a tensor of shape ({batch},)", x)
         if x.dim() > 0:
@@ -80,20 +83,25 @@ def per_problem(where: str, name: str, x: Any, batch: int, like: Tensor, *, posi
             wrong |= ~values.isfinite()
             if wrong.any():
                 k = int(wrong.nonzero()[0])
-                raise ValueError(f"{where}: `{name}` must be positive and finite, got {values[k].item()} for problem {k}"
-                                 if positive else
-                                 f"{where}: `{name}` must be at least 0 and finite, got {values[k].item()} for problem {k}")
+                raise ValueError(
+                    f"{where}: `{name}` must be positive and finite, got {values[k].item()} for problem {k}"
+                    if positive
+                    else f"{where}: `{name}` must be at least 0 and finite, got {values[k].item()} for problem {k}"
+                )
         return values
     if isinstance(x, bool) or not isinstance(x, (Real, torch.SymFloat, torch.SymInt)):
         raise wrong_type(where, name, f"{expected} or a tensor of shape ({batch},)", x)
-    if not ((x > 0 if positive else x >= 0) and x < math.inf):
+    number = float(x)
+    if not ((number > 0 if positive else number >= 0) and number < math.inf):
         raise wrong_value(where, name, "positive and finite" if positive else "at least 0 and finite", x)
-    return torch.full((), float(x), dtype=torch.float64, device=like.device).expand(batch)
+    return torch.full((), number, dtype=torch.float64, device=like.device).expand(batch)
 
 
 def checks_data(x: Tensor) -> bool:
-    """Whether values may be looked at: always on the CPU, on another device only with OTFACE_CHECK=1, because it waits
-    for that device; never while torch.compile traces. Where nobody looks, a wrong value gives NaN in its own problem."""
+    """Whether values may be looked at: on the CPU, and with OTFACE_CHECK=1 (it waits for the device) everywhere.
+
+    Never while torch.compile traces. Where nobody looks, a wrong value gives NaN in its own problem.
+    """
     if torch.compiler.is_compiling():
         return False
     return x.device.type == "cpu" or os.environ.get("OTFACE_CHECK") == "1"

@@ -86,8 +86,10 @@ def solution_for_backward(
 
 
 def check_differentiable(where: str, grad: str, incoming: OutputGradients) -> None:
-    """The envelope has the gradient of `value` only: say so, rather than give zeros for the others. Under torch.compile,
-    where a raise would break the graph, nothing is said."""
+    """The envelope has the gradient of `value` only: say so, rather than give zeros for the others.
+
+    Nothing is said under torch.compile, where a raise would break the graph.
+    """
     if grad != "envelope" or torch.compiler.is_compiling():
         return
     for name, x in incoming._asdict().items():
@@ -133,7 +135,7 @@ class Sinkhorn(torch.autograd.Function):
     """cost, a and b to value, transport_cost, f, g, plan, error, n_iter and converged."""
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def, override]
+    def forward(  # type: ignore[no-untyped-def]
         ctx,
         cost: Tensor,
         eps: Tensor,
@@ -155,7 +157,7 @@ class Sinkhorn(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, value, transport_cost, f, g, plan, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, value, transport_cost, f, g, plan, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         *problems, potentials, n_iter, history, rebuilt = ctx.saved_tensors
         incoming = OutputGradients(value, transport_cost, f, g, plan if ctx.settings.return_plan else None)
         check_differentiable("sinkhorn", ctx.settings.grad, incoming)
@@ -170,9 +172,7 @@ class Sinkhorn(torch.autograd.Function):
 
 
 @torch.library.register_fake("otface::sinkhorn_forward")
-def _(
-    cost, eps, a, b, tol, row_lengths, col_lengths, init_g, max_iter, check_every, want_plan, want_history
-):  # type: ignore[no-untyped-def]
+def _(cost, eps, a, b, tol, row_lengths, col_lengths, init_g, max_iter, check_every, want_plan, want_history):  # type: ignore[no-untyped-def]
     B, n, m = cost.shape
     real = real_dtype(cost)
     new = cost.new_empty

@@ -62,7 +62,7 @@ class PairwiseCost(torch.autograd.Function):
     """Prepared points to a cost matrix, with the matrix products of `cost_backward` as its derivative."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, metric: str) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x: Tensor, y: Tensor, metric: str) -> Tensor:  # type: ignore[no-untyped-def]
         cost = cost_of_prepared(x, y, metric)
         ctx.metric = metric
         ctx.save_for_backward(x, y, cost)
@@ -70,7 +70,7 @@ class PairwiseCost(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
         x, y, cost = ctx.saved_tensors
         return *cost_backward(grad, cost, x, y, ctx.metric), None
 

@@ -284,4 +284,4 @@ def _solve(
     out = SinkhornOutput(*outputs)
     if not settings.return_plan:
         out = out._replace(plan=None)
-    return out if batched else SinkhornOutput(*(None if x is None else x[0] for x in out))
+    return out if batched else SinkhornOutput(*(None if x is None else x[0] for x in out))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""`nn.Module` twins of the functions: the settings once, the data at each call. They hold no parameters and no state."""
+"""`nn.Module` twins of the functions: the settings once, the data at each call. They hold no parameters."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ class Sinkhorn(_Solver):
         col_lengths: Tensor | None = None,
         init: SinkhornOutput | tuple[Tensor | None, Tensor] | None = None,
     ) -> SinkhornOutput:
-        return sinkhorn(
-            cost, a=a, b=b, row_lengths=row_lengths, col_lengths=col_lengths, init=init, **self.settings
-        )
+        return sinkhorn(cost, a=a, b=b, row_lengths=row_lengths, col_lengths=col_lengths, init=init, **self.settings)
 
 
 class SinkhornPoints(_Solver):

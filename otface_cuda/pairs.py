@@ -102,7 +102,7 @@ def _weights(
 ) -> tuple[Tensor | None, Tensor | None]:
     """a and b as (K, p), or (1, p) for all pairs alike, in the dtype of the arithmetic; both or neither."""
     points = features.shape[1]
-    given = {}
+    given: dict[str, tuple[Tensor, Tensor | None]] = {}
     for name, x in (("a", a), ("b", b)):
         if x is not None:
             _checks.weights(where, name, x, count, points, True, features)
@@ -120,7 +120,7 @@ def _weights(
 
 class _SinkhornPairs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, pairs, eps, a, b, tol, *settings: Any) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, features, pairs, eps, a, b, tol, *settings: Any) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
         out = torch.ops.otface.sinkhorn_pairs_forward(features, pairs, eps, a, b, tol, *settings)
         *results, potentials = out
         ctx.settings = settings
@@ -131,7 +131,7 @@ class _SinkhornPairs(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, value, transport_cost, f, g, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, value, transport_cost, f, g, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         features, pairs, eps, a, b, tol, potentials, n_iter = ctx.saved_tensors
         incoming = autograd.OutputGradients(value, transport_cost, f, g, None)
         autograd.check_differentiable("sinkhorn_pairs", ctx.settings[3], incoming)
@@ -180,15 +180,17 @@ class _Chunk(NamedTuple):
 def _chunks(
     features: Tensor, distinct: _Distinct, eps: Tensor, a: Tensor | None, b: Tensor | None, metric: str, size: int
 ) -> Iterator[_Chunk]:
-    # An index out of range is solved as some other pair with eps NaN: its results are NaN, and nothing is out of bounds.
+    # An index out of range is solved as some other pair with eps NaN: its results are NaN, nothing is out of bounds.
     eps = torch.where(distinct.valid, eps[distinct.listed], torch.nan)
     for begin in range(0, distinct.first.shape[0], size):
         rows = slice(begin, begin + size)
         x = features.index_select(0, distinct.first[rows])
         y = features.index_select(0, distinct.second[rows])
         cost = cost_of_prepared(x, y, metric)
-        weights = (None if w is None else w.expand(distinct.which.shape[0], -1)[distinct.listed[rows]] for w in (a, b))
-        yield _Chunk(rows, x, y, cost, autograd.Problems(cost, eps[rows], *weights, None, None))
+        weights_a, weights_b = (
+            None if w is None else w.expand(distinct.which.shape[0], -1)[distinct.listed[rows]] for w in (a, b)
+        )
+        yield _Chunk(rows, x, y, cost, autograd.Problems(cost, eps[rows], weights_a, weights_b, None, None))
 
 
 def _chunk_size(features: Tensor, max_iter: int, grad: str, chunk_bytes: int) -> int:
@@ -269,7 +271,8 @@ def _backward(
                 solution = autograd.solve(chunk.problems, tol[listed], None, settings, True)
             else:
                 solution = autograd.solution_for_backward(potentials[listed], n_iter[listed])
-            parts = autograd.OutputGradients(*(None if x is None else x[chunk.rows] for x in incoming), None)
+            value, transport_cost, f, g = (None if x is None else x[chunk.rows] for x in incoming)
+            parts = autograd.OutputGradients(value, transport_cost, f, g, None)
             grads = autograd.gradients(chunk.problems, solution, grad, parts, (want_features, want_a, want_b))
             if grads[0] is not None:
                 grad_cost = torch.where(distinct.valid[chunk.rows, None, None], grads[0], 0.0)

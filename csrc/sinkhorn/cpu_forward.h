@@ -242,7 +242,8 @@ class ForwardSolver {
     T* g = static_cast<T*>(params_->g) + p.index * all.m;
     double* potentials = params_->potentials + p.index * (all.n + all.m);
     for (int64_t i = 0; i < all.n; ++i) f[i] = i < p.rows ? bad : T(0), potentials[i] = static_cast<double>(f[i]);
-    for (int64_t j = 0; j < all.m; ++j) g[j] = j < p.cols ? bad : T(0), potentials[all.n + j] = static_cast<double>(g[j]);
+    for (int64_t j = 0; j < all.m; ++j)
+      g[j] = j < p.cols ? bad : T(0), potentials[all.n + j] = static_cast<double>(g[j]);
     if (params_->plan == nullptr) return;
     T* plan = static_cast<T*>(params_->plan) + p.index * all.n * all.m;
     for (int64_t i = 0; i < all.n; ++i)

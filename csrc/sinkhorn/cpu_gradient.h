@@ -19,7 +19,9 @@ struct GradientViews {
     const auto at = [&](const void* p, int64_t count) {
       return p == nullptr ? nullptr : static_cast<const T*>(p) + index * count;
     };
-    const auto out = [&](void* p, int64_t count) { return p == nullptr ? nullptr : static_cast<T*>(p) + index * count; };
+    const auto out = [&](void* p, int64_t count) {
+      return p == nullptr ? nullptr : static_cast<T*>(p) + index * count;
+    };
     if (params.grad_value != nullptr) value = static_cast<double>(*at(params.grad_value, 1));
     if (params.grad_transport_cost != nullptr) transport_cost = static_cast<double>(*at(params.grad_transport_cost, 1));
     f = at(params.grad_f, n);
@@ -78,14 +80,15 @@ void clear_cost_rows(int64_t begin, int64_t end, int64_t m, T* out) {
 // and f' = f + shift, g' = g - shift with shift = (<b, g> - <a, f>) / (W_a + W_b) leads back to f, g, a, b.
 template <class T>
 struct OutputGradient {
-  Buffer<double> f, g, a, b;  // [padded_rows] or [padded_cols], zero in the padding
+  Buffer<double> f, g, a, b;       // [padded_rows] or [padded_cols], zero in the padding
   Buffer<T> partial_g, partial_b;  // [blocks, padded_cols]
   Buffer<T> row;                   // [blocks, 4, padded_cols]
 
   // E(i) gives row i of E as [padded_cols] values; `add_to_cost` is called with (i, row) when the plan is involved.
   template <class Real, class ERow, class AddToCost>
-  void compute(const Problem<T>& p, const KernelMatrix<T>& matrix, const BackwardParams& params, const GradientViews<Real>& in,
-               const double* potentials, const ERow& e_row, const AddToCost& add_to_cost) {
+  void compute(const Problem<T>& p, const KernelMatrix<T>& matrix, const BackwardParams& params,
+               const GradientViews<Real>& in, const double* potentials, const ERow& e_row,
+               const AddToCost& add_to_cost) {
     const Problems& all = params.problems;
     double* f_ = zero(f, p.padded_rows);
     double* g_ = zero(g, p.padded_cols);

@@ -107,7 +107,8 @@ class ImplicitGradient {
   void apply(const double* x, double* Sx) {
     const Problem<double>& p = problem_;
     for (int64_t j = 0; j < p.padded_cols; ++j) scaled_[j] = p.b[j] * x[j];
-    matrix_.sweep(scaled_, column_sums_, [&](int64_t i, Four<double> y) { return load<Four<double>>(row_factor_ + i) * y; });
+    matrix_.sweep(scaled_, column_sums_,
+                  [&](int64_t i, Four<double> y) { return load<Four<double>>(row_factor_ + i) * y; });
     for (int64_t j = 0; j < p.padded_cols; ++j) Sx[j] = p.b[j] * (sigma_[j] * x[j] - column_sums_[j]);
   }
 
@@ -163,9 +164,9 @@ class ImplicitGradient {
   Problem<double> problem_;
   KernelMatrix<double> matrix_;  // holds E
   OutputGradient<double> outputs_;
-  Buffer<double> direct_cost_;                  // [swept_rows, padded_cols]
-  Buffer<double> rows_;                         // [blocks, padded_cols]
-  Buffer<double> rho_, row_factor_, grad_f_;    // [padded_rows]
+  Buffer<double> direct_cost_;                                                  // [swept_rows, padded_cols]
+  Buffer<double> rows_;                                                         // [blocks, padded_cols]
+  Buffer<double> rho_, row_factor_, grad_f_;                                    // [padded_rows]
   Buffer<double> sigma_, X_, x_, residual_, direction_, scaled_, column_sums_;  // [padded_cols]
 };
 

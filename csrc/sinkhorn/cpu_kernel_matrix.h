@@ -85,7 +85,8 @@ void subtract_eps_log(const double* base, double eps, const T* sum, int64_t coun
 // The sweep over rows [begin, end) of K [.., ld], both multiples of 4:  y_i = K_i . x,  w = weigh(i, y) for four rows at
 // a time,  s = sum_i w_i K_i.  Rows are read twice while they are in registers (Width > 0, ld = Width vectors) or in L1.
 template <class T, int Width, class Weigh>
-OTFACE_INLINE void sweep_rows(const T* K, int64_t ld, int64_t begin, int64_t end, const T* x, T* s, const Weigh& weigh) {
+OTFACE_INLINE void sweep_rows(const T* K, int64_t ld, int64_t begin, int64_t end, const T* x, T* s,
+                              const Weigh& weigh) {
   using V = Vec<T>;
   constexpr int W = lanes<T>;
   if constexpr (Width > 0) {
@@ -154,14 +155,16 @@ class KernelMatrix {
       for (int64_t i = p_->rows; i < p_->padded_rows; ++i) strip_[c * p_->padded_rows + i] = 0;
   }
 
-  const T* main() const { return K_; }              // [swept_rows, ld], zero in the padding
-  int64_t ld() const { return ld_; }                // columns of the main part, a multiple of the lanes
-  int64_t strips() const { return strips_; }        // columns ld .. ld + strips - 1
+  const T* main() const { return K_; }        // [swept_rows, ld], zero in the padding
+  int64_t ld() const { return ld_; }          // columns of the main part, a multiple of the lanes
+  int64_t strips() const { return strips_; }  // columns ld .. ld + strips - 1
   const T* strip(int64_t c) const { return strip_ + c * p_->padded_rows; }  // [padded_rows], zero in the padding
-  const double* f0() const { return f0_; }          // [padded_rows], zero in the padding
-  const double* g0() const { return g0_; }          // [padded_cols], zero in the padding
+  const double* f0() const { return f0_; }                                  // [padded_rows], zero in the padding
+  const double* g0() const { return g0_; }                                  // [padded_cols], zero in the padding
   const T* empty_row() const { return empty_row_; }  // [padded_rows], 1 where no pair is allowed (and in the padding)
-  const T* empty_col() const { return empty_col_; }  // [padded_cols]; added to the sums, they make such a sum 1, its log 0
+  const T* empty_col() const {
+    return empty_col_;
+  }  // [padded_cols]; added to the sums, they make such a sum 1, its log 0
 
   // Row i in one piece, [padded_cols]: where it lies, or put together in `buffer`.
   const T* row(int64_t i, T* buffer) const {
@@ -252,9 +255,8 @@ class KernelMatrix {
   // f(block, first row, last row + 1), possibly on several threads.
   template <class F>
   void for_blocks(const F& f) const {
-    run(*executor_, p_->blocks.count, [&](int64_t block) {
-      f(block, p_->blocks.begin(block), p_->blocks.end(block, p_->swept_rows));
-    });
+    run(*executor_, p_->blocks.count,
+        [&](int64_t block) { f(block, p_->blocks.begin(block), p_->blocks.end(block, p_->swept_rows)); });
   }
 
   // The sums of empty columns and of the padding become 1.

@@ -11,7 +11,9 @@
 namespace otface::sinkhorn {
 
 const CpuKernels OTFACE_CPU_TABLE = {
-    [](const ForwardParams& p, const Executor& e) { p.problems.is_double ? forward<double>(p, e) : forward<float>(p, e); },
+    [](const ForwardParams& p, const Executor& e) {
+      p.problems.is_double ? forward<double>(p, e) : forward<float>(p, e);
+    },
     [](const BackwardParams& p, const Executor& e) {
       p.problems.is_double ? envelope_backward<double>(p, e) : envelope_backward<float>(p, e);
     },

@@ -160,7 +160,7 @@ struct Problem {
   double mass_a = 0, mass_b = 0;
   CostRows<T> cost;
   RowBlocks blocks;
-  Buffer<T> a, b;  // [padded_rows], [padded_cols], zero in the padding
+  Buffer<T> a, b;       // [padded_rows], [padded_cols], zero in the padding
   Buffer<double> skip;  // [padded_cols]: +inf where b is zero, else 0
 
   void read(const Problems& problems, int64_t batch_index) {
@@ -193,7 +193,8 @@ struct Problem {
     return false;
   }
   template <class Real>
-  bool read_weights(const WeightsView& view, int64_t count, int64_t padded, Buffer<T>& out, double& mass, bool& has_zero) {
+  bool read_weights(const WeightsView& view, int64_t count, int64_t padded, Buffer<T>& out, double& mass,
+                    bool& has_zero) {
     out.resize(padded);
     bool ok = true;
     mass = 0;
@@ -221,7 +222,8 @@ struct Problem {
 // of one problem at a time; else each thread takes the next problem that nobody has. Either way the result is the same.
 template <class T>
 bool splits_rows(const Problems& problems, const Executor& executor) {
-  return problems.batch < executor.threads && RowBlocks(round_up(problems.n, 4), round_up(problems.m, lanes<T>)).count > 1;
+  return problems.batch < executor.threads &&
+         RowBlocks(round_up(problems.n, 4), round_up(problems.m, lanes<T>)).count > 1;
 }
 
 // Calls work(executor, next) once per thread: next() is the index of a problem to solve, or -1 when none is left, and

@@ -190,11 +190,13 @@ class UnrolledGradient {
   }
 
   // Iterations begin..end, which share one K: begin is where it was rebuilt.
-  void reverse_stretch(int64_t begin, int64_t end, bool is_last, const GradientViews<T>& views, const double* potentials) {
+  void reverse_stretch(int64_t begin, int64_t end, bool is_last, const GradientViews<T>& views,
+                       const double* potentials) {
     const Problem<T>& p = problem_;
     const T* start = slot(begin);
     for (int64_t j = 0; j < p.padded_cols; ++j)
-      start_g_[j] = j < p.cols ? static_cast<double>(start[j]) + static_cast<double>(start[params_->problems.m + j]) : 0.0;
+      start_g_[j] =
+          j < p.cols ? static_cast<double>(start[j]) + static_cast<double>(start[params_->problems.m + j]) : 0.0;
     bool columns_too;
     // r_[0], s_[0]: iteration `begin`; the two other pairs alternate between an iteration and the one before it.
     matrix_.build(start_g_, r_[0], s_[0], columns_too);
@@ -223,9 +225,7 @@ class UnrolledGradient {
           const T* k = matrix_.row(i, e);
           for (int64_t j = 0; j < p.padded_cols; ++j) e[j] = k[j] / (r[i] * s[j]);
         },
-        [&](int64_t i, const T* dc) {
-          products_.add_row(i, dc);
-        });
+        [&](int64_t i, const T* dc) { products_.add_row(i, dc); });
     for (int64_t i = 0; i < p.rows; ++i) grad_f_[i] = static_cast<T>(outputs_.f[i]);
     for (int64_t j = 0; j < p.cols; ++j) grad_g_[j] = static_cast<T>(outputs_.g[j]);
   }
@@ -301,8 +301,8 @@ class UnrolledGradient {
   OuterProducts<T> products_;
   OutputGradient<T> outputs_;
   Buffer<T> r_[3], s_[3];
-  Buffer<T> grad_f_, F_, row_share_;           // [padded_rows]
-  Buffer<T> grad_g_, column_sums_, ones_;      // [padded_cols]
+  Buffer<T> grad_f_, F_, row_share_;       // [padded_rows]
+  Buffer<T> grad_g_, column_sums_, ones_;  // [padded_cols]
   Buffer<double> start_g_;
 };
 

@@ -30,7 +30,7 @@ struct Problems {
   int64_t batch, n, m;
   CostView cost;
   WeightsView a, b;
-  const double* eps;           // [B] or, with stride 0, [1]
+  const double* eps;  // [B] or, with stride 0, [1]
   int64_t eps_stride;
   const int64_t* row_lengths;  // [B] or null: all n
   const int64_t* col_lengths;  // [B] or null: all m

@@ -30,9 +30,10 @@ ForwardTensors sinkhorn_forward(Tensor cost, Tensor eps, OptionalTensor a, Optio
   const sinkhorn::Problems problems = problems_of(cost, eps, a, b, row_lengths, col_lengths);
   const ForwardOutputs out(cost, max_iter, want_plan, want_history);
   sinkhorn::forward_cpu(
-      forward_params(problems, cost, tol, init_g, max_iter, check_every, want_plan, want_history, out), torch_threads());
-  return {out.value, out.transport_cost, out.f,          out.g,       out.plan,   out.error,
-          out.n_iter, out.converged,     out.potentials, out.history, out.rebuilt};
+      forward_params(problems, cost, tol, init_g, max_iter, check_every, want_plan, want_history, out),
+      torch_threads());
+  return {out.value,  out.transport_cost, out.f,          out.g,       out.plan,   out.error,
+          out.n_iter, out.converged,      out.potentials, out.history, out.rebuilt};
 }
 
 ThreeTensors sinkhorn_envelope_backward(Tensor cost, Tensor eps, OptionalTensor a, OptionalTensor b,
@@ -49,8 +50,9 @@ ThreeTensors sinkhorn_envelope_backward(Tensor cost, Tensor eps, OptionalTensor 
 ThreeTensors sinkhorn_unrolled_backward(Tensor cost, Tensor eps, OptionalTensor a, OptionalTensor b,
                                         OptionalTensor row_lengths, OptionalTensor col_lengths, Tensor potentials,
                                         Tensor n_iter, Tensor history, Tensor rebuilt, OptionalTensor grad_value,
-                                        OptionalTensor grad_transport_cost, OptionalTensor grad_f, OptionalTensor grad_g,
-                                        OptionalTensor grad_plan, bool want_cost, bool want_a, bool want_b) {
+                                        OptionalTensor grad_transport_cost, OptionalTensor grad_f,
+                                        OptionalTensor grad_g, OptionalTensor grad_plan, bool want_cost, bool want_a,
+                                        bool want_b) {
   const sinkhorn::Problems problems = problems_of(cost, eps, a, b, row_lengths, col_lengths);
   const Gradients out(cost, want_cost, want_a, want_b);
   const IncomingGradients in{grad_value, grad_transport_cost, grad_f, grad_g, grad_plan};
@@ -63,8 +65,8 @@ ThreeTensors sinkhorn_unrolled_backward(Tensor cost, Tensor eps, OptionalTensor 
 FourTensors sinkhorn_implicit_backward(Tensor cost, Tensor eps, OptionalTensor a, OptionalTensor b,
                                        OptionalTensor row_lengths, OptionalTensor col_lengths, Tensor potentials,
                                        OptionalTensor grad_value, OptionalTensor grad_transport_cost,
-                                       OptionalTensor grad_f, OptionalTensor grad_g, OptionalTensor grad_plan, double tol,
-                                       int64_t max_iter, bool want_cost, bool want_a, bool want_b) {
+                                       OptionalTensor grad_f, OptionalTensor grad_g, OptionalTensor grad_plan,
+                                       double tol, int64_t max_iter, bool want_cost, bool want_a, bool want_b) {
   const sinkhorn::Problems problems = problems_of(cost, eps, a, b, row_lengths, col_lengths);
   const Gradients out(cost, want_cost, want_a, want_b);
   const IncomingGradients in{grad_value, grad_transport_cost, grad_f, grad_g, grad_plan};

@@ -32,7 +32,8 @@ inline Tensor make(const Tensor& like, bool wanted, ScalarType dtype, std::initi
 
 inline void* data(const Tensor& t, bool wanted = true) { return wanted ? t.mutable_data_ptr() : nullptr; }
 
-inline sinkhorn::WeightsView weights_view(const OptionalTensor& w, const char* name, const Tensor& cost, int64_t count) {
+inline sinkhorn::WeightsView weights_view(const OptionalTensor& w, const char* name, const Tensor& cost,
+                                          int64_t count) {
   if (!w) return {nullptr, 0, 0};
   check_tensor(*w, name, cost, real_of(cost), {cost.size(0), count});
   return {w->const_data_ptr(), w->stride(0), w->stride(1)};
@@ -44,8 +45,9 @@ inline const int64_t* lengths_of(const OptionalTensor& lengths, const char* name
   return lengths->const_data_ptr<int64_t>();
 }
 
-inline sinkhorn::Problems problems_of(const Tensor& cost, const Tensor& eps, const OptionalTensor& a, const OptionalTensor& b,
-                                      const OptionalTensor& row_lengths, const OptionalTensor& col_lengths) {
+inline sinkhorn::Problems problems_of(const Tensor& cost, const Tensor& eps, const OptionalTensor& a,
+                                      const OptionalTensor& b, const OptionalTensor& row_lengths,
+                                      const OptionalTensor& col_lengths) {
   STD_TORCH_CHECK(cost.dim() == 3 && cost.size(1) > 0 && cost.size(2) > 0, "cost must be (B, n, m) with n, m >= 1");
   sinkhorn::Problems p{};
   p.is_double = cost.scalar_type() == ScalarType::Double;
@@ -124,7 +126,8 @@ struct Gradients {
         b(make(like, want_b, real_of(like), {like.size(0), like.size(2)})) {}
 };
 
-inline const void* incoming(const OptionalTensor& t, const char* name, const Tensor& cost, std::initializer_list<int64_t> shape) {
+inline const void* incoming(const OptionalTensor& t, const char* name, const Tensor& cost,
+                            std::initializer_list<int64_t> shape) {
   if (!t) return nullptr;
   check_contiguous(*t, name, cost, real_of(cost), shape);
   return t->const_data_ptr();
