@@ -92,15 +92,16 @@ def sinkhorn(
             are looked at only if the environment has ``OTFACE_CHECK=1``.
         RuntimeError: in backward, for a gradient that ``grad`` does not have.
 
-    >>> cost = torch.tensor([[[0.0, 1.0], [1.0, 0.0]], [[0.0, 3.0], [1.0, 0.0]]])
-    >>> out = sinkhorn(cost, eps=0.1, max_iter=50, return_plan=True)
-    >>> out.plan[0].round(decimals=3)
-    tensor([[0.5000, 0.0000],
-            [0.0000, 0.5000]])
+    >>> cost = torch.tensor([[[0.0, 1.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 1.0]]], requires_grad=True)
+    >>> out = sinkhorn(cost, eps=0.5, tol=1e-6, return_plan=True)
+    >>> out.plan[0]
+    tensor([[0.4404, 0.0596],
+            [0.0596, 0.4404]], grad_fn=<SelectBackward0>)
     >>> out.converged, out.n_iter
-    (tensor([False, False]), tensor([50, 50]))
-    >>> sinkhorn(cost, eps=0.1, tol=1e-5).converged
-    tensor([True, True])
+    (tensor([True, True]), tensor([10, 30]))
+    >>> out.value.sum().backward()
+    >>> torch.allclose(cost.grad, out.plan)
+    True
     """
     where = "sinkhorn"
     _checks.check_floating(where, "cost", cost, "(B, n, m) or (n, m)", (2, 3))
