@@ -1,0 +1,36 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+import otface_cuda
+
+# The same examples in every run: a failure can be repeated, and the time is bounded.
+settings.register_profile("otface", derandomize=True, database=None, deadline=None, max_examples=20)
+settings.load_profile("otface")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "instruction_set: run again for every CPU instruction set")
+
+
+def _has_cuda_kernels() -> bool:
+    return torch.cuda.is_available() and bool(otface_cuda.info().cuda_architectures)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not _has_cuda_kernels():
+        pytest.skip("needs a GPU and a build with CUDA kernels")
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads of torch's pool, and restores it after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
