@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from otface_cuda.reference import ReferenceOutput
+import otface_cuda
+from otface_cuda import SinkhornOutput
+from otface_cuda.reference import ReferenceOutput, sinkhorn_reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -22,8 +25,24 @@ class Problem(NamedTuple):
     def to(self, device: str) -> Problem:
         return Problem(*(x.to(device) for x in self))
 
-    def solve(self, solver: Callable[..., Any], eps: float | Tensor, **options: Any) -> Any:
-        return solver(self.cost, eps, self.a, self.b, **options)
+    def solve(self, eps: float | Tensor, **options: Any) -> SinkhornOutput:
+        return otface_cuda.sinkhorn(self.cost, eps, self.a, self.b, **options)
+
+    def reference(self, eps: float | Tensor, **options: Any) -> ReferenceOutput:
+        cost, a, b = self.to("cpu")
+        with one_thread():
+            return sinkhorn_reference(cost, eps, a, b, **options)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For many small operations of torch: its threads would wait for one another most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def output_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -81,7 +100,7 @@ def tolerance(dtype: torch.dtype, eps: float, n: int, m: int, n_iter: int, span:
 
 
 def assert_same_solution(
-    out: NamedTuple, ref: ReferenceOutput, tol: Tolerance, *, mass: float = 1.0, span: float = 1.0
+    out: SinkhornOutput, ref: ReferenceOutput, tol: Tolerance, *, mass: float = 1.0, span: float = 1.0
 ) -> None:
     """Compare every float field with the reference; n_iter and converged are compared where a test is about them."""
 
@@ -96,6 +115,6 @@ def assert_same_solution(
     # <P, C> and the row sums: every entry has the relative error of the plan, and C is at most `span`.
     close("transport_cost", 0, mass * span * tol.plan)
     close("error", 0, 2 * tol.plan)
-    if getattr(out, "plan", None) is not None:
+    if out.plan is not None:
         # An entry smaller than the largest one by 1e-20 may be lost: the exponentials of float32 underflow.
         close("plan", tol.plan, 1e-20 * ref.plan.max().item())

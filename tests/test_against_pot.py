@@ -110,7 +110,7 @@ def test_at_convergence(
             a, b, cost, eps, method="sinkhorn_log", stopThr=1e-13 * mass, numItermax=20_000, log=True
         )
     # POT has converged after log["niter"] iterations, so have we after some more.
-    out = problem.to(device).solve(otface_cuda.sinkhorn, eps, max_iter=log["niter"] + 20, return_plan=True)
+    out = problem.to(device).solve(eps, max_iter=log["niter"] + 20, return_plan=True)
     tol = converged_tolerance(problem, eps, log["niter"])
     assert_same_plan_and_potentials(out, plan[None], log["log_u"][None], log["log_v"][None], problem, eps, tol)
     assert_same_value(out, plan[None], problem, eps, log["niter"])
@@ -122,7 +122,7 @@ def test_batch_at_convergence(n: int, m: int, eps: float, dtype: torch.dtype, de
     cost, a, b = (x.double() for x in problem)
     pot = ot.batch.solve_batch(cost, eps, a, b, max_iter=20_000, tol=1e-13, method="log_sinkhorn", grad="detach")
     assert pot.log["n_iter"] < 19_999
-    out = problem.to(device).solve(otface_cuda.sinkhorn, eps, max_iter=pot.log["n_iter"] + 20, return_plan=True)
+    out = problem.to(device).solve(eps, max_iter=pot.log["n_iter"] + 20, return_plan=True)
     tol = converged_tolerance(problem, eps, pot.log["n_iter"])
     assert_same_plan_and_potentials(out, pot.plan, *pot.potentials, problem, eps, tol)
     assert_same_value(out, pot.plan, problem, eps, pot.log["n_iter"])
@@ -139,7 +139,7 @@ def test_after_ten_iterations(n: int, m: int, eps: float, dtype: torch.dtype, de
     problem = problem._replace(b=torch.full_like(problem.b, 1 / m))
     cost, a, b = (x.double() for x in problem)
     pot = ot.batch.solve_batch(cost, eps, a, b / b.sum(1, keepdim=True), max_iter=10, tol=0.0, grad="detach")
-    out = problem.to(device).solve(otface_cuda.sinkhorn, eps, max_iter=10, return_plan=True)
+    out = problem.to(device).solve(eps, max_iter=10, return_plan=True)
     assert all(x.isfinite().all() for x in out)
     tol = tolerance(dtype, eps, *problem.cost.shape[1:], n_iter=10)
     assert_same_plan_and_potentials(out, pot.plan, *pot.potentials, problem, eps, tol)
@@ -152,7 +152,7 @@ def test_after_ten_iterations_from_pots_start(eps: float, dtype: torch.dtype, de
     cost, a, b = (x.double() for x in problem)
     pot = ot.batch.solve_batch(cost, eps, a, b, max_iter=10, tol=0.0, grad="detach")
     init = (torch.zeros_like(problem.a).to(device), (-eps * problem.b.log()).to(device))
-    out = problem.to(device).solve(otface_cuda.sinkhorn, eps, max_iter=10, init=init, return_plan=True)
+    out = problem.to(device).solve(eps, max_iter=10, init=init, return_plan=True)
     tol = tolerance(dtype, eps, *problem.cost.shape[1:], n_iter=10)
     assert_same_plan_and_potentials(out, pot.plan, *pot.potentials, problem, eps, tol)
 
@@ -171,7 +171,7 @@ def test_unregularised_limit(mass: float, device: str) -> None:
     entropy = mass * min(-(w / mass * (w / mass).log()).sum().item() for w in (a, b))
     gaps = []
     for eps in (0.3, 0.1, 0.03, 0.01):
-        out = problem.to(device).solve(otface_cuda.sinkhorn, eps, max_iter=4000)
+        out = problem.to(device).solve(eps, max_iter=4000)
         assert out.error.item() < 1e-8
         slack = mass * 1e-8 * 2  # what the row error can move, as potentials and costs are of size 1
         value = out.value.item() + eps * mass * math.log(mass)

@@ -25,8 +25,8 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 def check(problem: Problem, eps: float | Tensor, *, span: float = 1.0, **options) -> otface_cuda.SinkhornOutput:
     """Solve by kernel and by reference, compare, and return the kernel's output."""
-    out = problem.solve(otface_cuda.sinkhorn, eps, return_plan=True, **options)
-    ref = problem.to("cpu").solve(sinkhorn_reference, eps, return_plan=True, **options)
+    out = problem.solve(eps, return_plan=True, **options)
+    ref = problem.reference(eps, return_plan=True, **options)
     n, m = problem.cost.shape[-2:]
     smallest = float(torch.as_tensor(eps).min())
     mass = problem.a.sum(-1).max().item()
@@ -44,7 +44,7 @@ def test_iteration_by_iteration(shape: tuple[int, int], eps: float, dtype: torch
     cost, a, b = (x[0].double() for x in problem)
     on_device = problem.to(device)
     for t, (f, g) in enumerate(itertools.islice(sinkhorn_iterates(cost, eps, a, b), 12), start=1):
-        out = on_device.solve(otface_cuda.sinkhorn, eps, max_iter=t)
+        out = on_device.solve(eps, max_iter=t)
         tol = tolerance(dtype, eps, *shape, n_iter=t)
         shift = ((b * g).sum() - (a * f).sum()) / (a.sum() + b.sum())
         torch.testing.assert_close(out.f[0].double().cpu(), f + shift, rtol=0, atol=tol.potential)
@@ -139,7 +139,7 @@ def test_lengths(dtype: torch.dtype, device: str) -> None:
     b = (b / b.sum(1, keepdim=True)).masked_fill(~valid_cols, 7.0)
     lengths = {"row_lengths": rows.to(device), "col_lengths": cols.to(device)}
     on_device = Problem(cost, a, b).to(device)
-    out = on_device.solve(otface_cuda.sinkhorn, 0.1, max_iter=25, return_plan=True, **lengths)
+    out = on_device.solve(0.1, max_iter=25, return_plan=True, **lengths)
     ref = sinkhorn_reference(cost, 0.1, a, b, max_iter=25, return_plan=True, row_lengths=rows, col_lengths=cols)
     assert_same_solution(out, ref, tolerance(dtype, 0.1, n, m, 25))
     assert (out.f.cpu()[~valid_rows] == 0).all()
@@ -174,8 +174,8 @@ def test_weights_shared_by_the_batch(device: str) -> None:
 def test_each_problem_has_its_own_eps(device: str) -> None:
     problem = random_problem(4, 9, 9, seed=8, dtype=torch.float32, device=device)
     eps = torch.tensor([0.03, 0.3, 3.0, 0.1])
-    out = problem.solve(otface_cuda.sinkhorn, eps.to(device), max_iter=20, return_plan=True)
-    ref = problem.to("cpu").solve(sinkhorn_reference, eps, max_iter=20, return_plan=True)
+    out = problem.solve(eps.to(device), max_iter=20, return_plan=True)
+    ref = problem.reference(eps, max_iter=20, return_plan=True)
     assert_same_solution(out, ref, tolerance(torch.float32, 0.03, 9, 9, 20))
 
 
@@ -183,10 +183,10 @@ def test_each_problem_has_its_own_eps(device: str) -> None:
 def test_warm_start_continues(as_output: bool, dtype: torch.dtype, device: str) -> None:
     """5 iterations after 7 are 12: only g matters, and a constant in it does not."""
     problem = random_problem(3, 10, 12, seed=9, dtype=dtype, device=device)
-    first = problem.solve(otface_cuda.sinkhorn, 0.05, max_iter=7)
+    first = problem.solve(0.05, max_iter=7)
     init = first if as_output else (torch.full_like(first.f, 123.0), first.g)
-    second = problem.solve(otface_cuda.sinkhorn, 0.05, max_iter=5, init=init, return_plan=True)
-    ref = problem.to("cpu").solve(sinkhorn_reference, 0.05, max_iter=12, return_plan=True)
+    second = problem.solve(0.05, max_iter=5, init=init, return_plan=True)
+    ref = problem.reference(0.05, max_iter=12, return_plan=True)
     assert_same_solution(second, ref, tolerance(dtype, 0.05, 10, 12, 12))
 
 
@@ -194,9 +194,9 @@ def test_warm_start_far_from_the_solution(device: str) -> None:
     problem = random_problem(2, 10, 12, seed=9, dtype=torch.float32)
     g = 20 * torch.rand(2, 12, generator=torch.Generator().manual_seed(1))
     init = (torch.zeros(2, 10), g)
-    ref = problem.solve(sinkhorn_reference, 0.05, max_iter=3, init=init, return_plan=True)
+    ref = problem.reference(0.05, max_iter=3, init=init, return_plan=True)
     init = (init[0].to(device), init[1].to(device))
-    out = problem.to(device).solve(otface_cuda.sinkhorn, 0.05, max_iter=3, init=init, return_plan=True)
+    out = problem.to(device).solve(0.05, max_iter=3, init=init, return_plan=True)
     assert_same_solution(out, ref, tolerance(torch.float32, 0.05, 10, 12, 3, span=20.0), span=1.0)
 
 
@@ -220,7 +220,7 @@ class TestStopping:
 
     def test_not_earlier_than_the_first_tested_iteration(self, device: str) -> None:
         problem = self.problem(device)
-        out = problem.solve(otface_cuda.sinkhorn, self.EPS, tol=1e-6, check_every=1, max_iter=500)
+        out = problem.solve(self.EPS, tol=1e-6, check_every=1, max_iter=500)
         for k, t in enumerate(out.n_iter.tolist()):
             before = otface_cuda.sinkhorn(problem.cost[k], self.EPS, problem.a[k], problem.b[k], max_iter=t - 1)
             assert before.error > 1e-6
@@ -228,8 +228,8 @@ class TestStopping:
     def test_own_tol(self, device: str) -> None:
         tol = torch.tensor([1e-2, 1e-4, 0.0, 1e-8])
         problem = self.problem("cpu")
-        out = problem.to(device).solve(otface_cuda.sinkhorn, self.EPS, tol=tol.to(device), max_iter=70)
-        ref = problem.solve(sinkhorn_reference, self.EPS, tol=tol, max_iter=70)
+        out = problem.to(device).solve(self.EPS, tol=tol.to(device), max_iter=70)
+        ref = problem.reference(self.EPS, tol=tol, max_iter=70)
         assert out.n_iter.tolist() == ref.n_iter.tolist()
         assert out.n_iter[2] == 70
         assert out.converged.tolist() == ref.converged.tolist()
@@ -256,7 +256,7 @@ class TestStopping:
 def test_potentials_balance(dtype: torch.dtype, device: str) -> None:
     """The returned shift is the one with <a, f> = <b, g> = value / 2."""
     problem = random_problem(3, 14, 11, seed=11, dtype=dtype, mass=2.0, device=device)
-    out = problem.solve(otface_cuda.sinkhorn, 0.1, max_iter=9)
+    out = problem.solve(0.1, max_iter=9)
     atol = 2.0 * tolerance(dtype, 0.1, 14, 11, 9).potential
     torch.testing.assert_close((problem.a * out.f).sum(1), out.value / 2, rtol=0, atol=atol)
     torch.testing.assert_close((problem.b * out.g).sum(1), out.value / 2, rtol=0, atol=atol)
@@ -264,7 +264,7 @@ def test_potentials_balance(dtype: torch.dtype, device: str) -> None:
 
 def test_output_types_and_shapes(dtype: torch.dtype, device: str) -> None:
     problem = random_problem(3, 4, 5, dtype=dtype, device=device)
-    out = problem.solve(otface_cuda.sinkhorn, 0.1, return_plan=True)
+    out = problem.solve(0.1, return_plan=True)
     assert isinstance(out, otface_cuda.SinkhornOutput)
     assert out._fields == ("value", "transport_cost", "f", "g", "plan", "error", "n_iter", "converged")
     shapes = [(3,), (3,), (3, 4), (3, 5), (3, 4, 5), (3,), (3,), (3,)]
@@ -279,7 +279,7 @@ def test_output_types_and_shapes(dtype: torch.dtype, device: str) -> None:
 def test_unbatched_in_unbatched_out(device: str) -> None:
     problem = random_problem(1, 4, 5, device=device)
     one = otface_cuda.sinkhorn(problem.cost[0], 0.1, problem.a[0], problem.b[0], return_plan=True)
-    batch = problem.solve(otface_cuda.sinkhorn, 0.1, return_plan=True)
+    batch = problem.solve(0.1, return_plan=True)
     for x, y in zip(one, batch, strict=True):
         assert x.shape == y.shape[1:]
         assert torch.equal(x, y[0])
@@ -316,7 +316,7 @@ def test_strides(layout: str, dtype: torch.dtype, device: str) -> None:
     strided = LAYOUTS[layout](problem.cost)
     assert torch.equal(strided, problem.cost)
     assert strided.stride() != problem.cost.stride() or strided.storage_offset() != 0
-    plain = problem.solve(otface_cuda.sinkhorn, 0.1, max_iter=10, return_plan=True)
+    plain = problem.solve(0.1, max_iter=10, return_plan=True)
     out = otface_cuda.sinkhorn(strided, 0.1, problem.a, problem.b, max_iter=10, return_plan=True)
     for x, y in zip(out, plain, strict=True):
         assert torch.equal(x, y)
@@ -342,7 +342,7 @@ def test_rows_and_columns_repeated_by_stride_zero(device: str) -> None:
 
 def test_strided_weights(device: str) -> None:
     problem = random_problem(3, 10, 9, seed=14, dtype=torch.float32, device=device)
-    plain = problem.solve(otface_cuda.sinkhorn, 0.1, max_iter=10)
+    plain = problem.solve(0.1, max_iter=10)
     out = otface_cuda.sinkhorn(
         problem.cost, 0.1, problem.a.mT.contiguous().mT, problem.b.repeat_interleave(2, 1)[:, ::2], max_iter=10
     )

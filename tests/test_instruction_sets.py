@@ -1,4 +1,4 @@
-"""Every CPU kernel is compiled three times; the tests marked `instruction_set` run for each one in a process of its own."""
+"""Every CPU kernel is compiled three times: the tests marked `instruction_set` run for each in a process of its own."""
 
 from __future__ import annotations
 

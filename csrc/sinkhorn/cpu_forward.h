@@ -1,9 +1,6 @@
 // The solve. Part of the translation unit of one instruction set: include through cpu_kernels.h only.
 //
-// One problem stays with one thread (or, when it is large, with all of them) until it is done; K stays in L1 or L2. Two
-// small problems are in flight per thread, an iteration of one after an iteration of the other: the chain of dependent
-// operations between two iterations (sum of lanes, division, next multiply-add) hides behind the other problem's work.
-//
+// One problem stays with one thread (or, when it is large, with all of them) until it is done; K stays in L1 or L2.
 // Per iteration and problem: 2 n m multiply-adds, one read of K (4 n m bytes in float).
 #pragma once
 
@@ -265,24 +262,12 @@ class ForwardSolver {
 
 template <class T>
 void forward(const ForwardParams& params, const Executor& executor) {
-  const Problems& all = params.problems;
-  const int64_t small = 16 * 1024 / static_cast<int64_t>(sizeof(T));  // entries of K, so that two fit in L1
-  const int in_flight = round_up(all.n, 4) * round_up(all.m, lanes<T>) <= small ? 2 : 1;
-  for_each_worker<T>(all, executor, [&](Executor inner, const auto& next) {
-    ForwardSolver<T> solvers[2];
-    bool busy[2] = {false, false};
-    const auto start_next = [&](int slot) {
-      for (int64_t index = next(); index >= 0; index = next())
-        if (solvers[slot].start(params, index, &inner)) return true;
-      return false;
-    };
-    for (int slot = 0; slot < in_flight; ++slot) busy[slot] = start_next(slot);
-    while (busy[0] || busy[1]) {
-      for (int slot = 0; slot < in_flight; ++slot) {
-        if (!busy[slot] || solvers[slot].step()) continue;
-        solvers[slot].finish();
-        busy[slot] = start_next(slot);
-      }
+  for_each_worker<T>(params.problems, executor, [&](Executor inner, const auto& next) {
+    ForwardSolver<T> solver;
+    for (int64_t index = next(); index >= 0; index = next()) {
+      if (!solver.start(params, index, &inner)) continue;
+      while (solver.step()) continue;
+      solver.finish();
     }
   });
 }

@@ -90,21 +90,18 @@ OTFACE_INLINE void sweep_rows(const T* K, int64_t ld, int64_t begin, int64_t end
   using V = Vec<T>;
   constexpr int W = lanes<T>;
   if constexpr (Width > 0) {
-    V x_v[Width], s_v[Width];
-    for (int v = 0; v < Width; ++v) x_v[v] = load<V>(x + v * W), s_v[v] = V{};
+    V x_v[Width], s_v[2][Width];  // two chains of multiply-adds per column: rows 0 and 1, rows 2 and 3
+    for (int v = 0; v < Width; ++v) x_v[v] = load<V>(x + v * W), s_v[0][v] = s_v[1][v] = V{};
     for (int64_t i = begin; i < end; i += 4) {
       const T* row = K + i * (Width * W);
       V y[4] = {};
       for (int v = 0; v < Width; ++v)
         for (int q = 0; q < 4; ++q) y[q] += load<V>(row + (q * Width + v) * W) * x_v[v];
       const Four<T> w = weigh(i, sum_lanes(y[0], y[1], y[2], y[3]));
-      for (int v = 0; v < Width; ++v) {
-        V part = load<V>(row + v * W) * w[0];
-        for (int q = 1; q < 4; ++q) part += load<V>(row + (q * Width + v) * W) * w[q];
-        s_v[v] += part;
-      }
+      for (int v = 0; v < Width; ++v)
+        for (int q = 0; q < 4; ++q) s_v[q / 2][v] += load<V>(row + (q * Width + v) * W) * w[q];
     }
-    for (int v = 0; v < Width; ++v) store(s + v * W, s_v[v]);
+    for (int v = 0; v < Width; ++v) store(s + v * W, s_v[0][v] + s_v[1][v]);
   } else {
     for (int64_t j = 0; j < ld; j += W) store(s + j, V{});
     for (int64_t i = begin; i < end; i += 4) {
@@ -269,27 +266,41 @@ class KernelMatrix {
  private:
   template <class Weigh>
   void sweep_block(int64_t begin, int64_t end, const T* x, T* s, const Weigh& weigh) const {
-    const int64_t strips = strips_, height = p_->padded_rows;
+    const int64_t height = p_->padded_rows, strips = strips_;
     const T *strip = strip_, *x_strip = x + ld_;
-    Four<T> s_strip[lanes<T> / 4 + 1] = {};
-    const auto weigh_with_strips = [&](int64_t i, Four<T> y) __attribute__((always_inline)) {
-      for (int64_t c = 0; c < strips; ++c) y += load<Four<T>>(strip + c * height + i) * x_strip[c];
-      const Four<T> w = weigh(i, y);
-      for (int64_t c = 0; c < strips; ++c) s_strip[c] += load<Four<T>>(strip + c * height + i) * w;
-      return w;
-    };
+    Vec<T> last{};
+    if (strips == 1) {  // as for 49 columns: the sum stays in a register
+      const T x_one = x_strip[0];
+      Four<T> sum{};
+      sweep_main(begin, end, x, s, [&](int64_t i, Four<T> y) __attribute__((always_inline)) {
+        const Four<T> k = load<Four<T>>(strip + i), w = weigh(i, y + k * x_one);
+        sum += k * w;
+        return w;
+      });
+      last[0] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    } else {
+      Four<T> sums[lanes<T> / 4 + 1] = {};
+      sweep_main(begin, end, x, s, [&](int64_t i, Four<T> y) __attribute__((always_inline)) {
+        for (int64_t c = 0; c < strips; ++c) y += load<Four<T>>(strip + c * height + i) * x_strip[c];
+        const Four<T> w = weigh(i, y);
+        for (int64_t c = 0; c < strips; ++c) sums[c] += load<Four<T>>(strip + c * height + i) * w;
+        return w;
+      });
+      for (int64_t c = 0; c < strips; ++c) last[c] = (sums[c][0] + sums[c][1]) + (sums[c][2] + sums[c][3]);
+    }
+    if (strips > 0) store(s + ld_, last);
+  }
+
+  template <class Weigh>
+  OTFACE_INLINE void sweep_main(int64_t begin, int64_t end, const T* x, T* s, const Weigh& weigh) const {
     const T* K = K_;
     switch (ld_ / lanes<T>) {
-      case 1: sweep_rows<T, 1>(K, ld_, begin, end, x, s, weigh_with_strips); break;
-      case 2: sweep_rows<T, 2>(K, ld_, begin, end, x, s, weigh_with_strips); break;
-      case 3: sweep_rows<T, 3>(K, ld_, begin, end, x, s, weigh_with_strips); break;
-      case 4: sweep_rows<T, 4>(K, ld_, begin, end, x, s, weigh_with_strips); break;
-      default: sweep_rows<T, 0>(K, ld_, begin, end, x, s, weigh_with_strips); break;
+      case 1: return sweep_rows<T, 1>(K, ld_, begin, end, x, s, weigh);
+      case 2: return sweep_rows<T, 2>(K, ld_, begin, end, x, s, weigh);
+      case 3: return sweep_rows<T, 3>(K, ld_, begin, end, x, s, weigh);
+      case 4: return sweep_rows<T, 4>(K, ld_, begin, end, x, s, weigh);
+      default: return sweep_rows<T, 0>(K, ld_, begin, end, x, s, weigh);
     }
-    if (strips == 0) return;
-    Vec<T> last{};
-    for (int64_t c = 0; c < strips; ++c) last[c] = (s_strip[c][0] + s_strip[c][1]) + (s_strip[c][2] + s_strip[c][3]);
-    store(s + ld_, last);
   }
 
   // The common first iteration, from g = 0: K_ij = exp((min_j C_ij - C_ij) / eps) and f0_i = min_j C_ij, in Real throughout:
