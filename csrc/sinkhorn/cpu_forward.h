@@ -147,34 +147,34 @@ class ForwardSolver {
       T* c = rows_ + block * 4 * count;
       double violation = 0, cost = 0;
       for (int64_t i = begin; i < end; i += 4) {
-        const int64_t valid = p.rows - i < 4 ? p.rows - i : 4;
+        p.cost.read_four(i, c);
+        const T* k = matrix_.main() + i * ld;
         V mass_v[4] = {}, cost_v[4] = {};
-        for (int64_t q = 0; q < valid; ++q) {
-          T* c_row = c + q * count;
-          p.cost.read(i + q, c_row);
-          const T* k = matrix_.main() + (i + q) * ld;
-          for (int64_t j = 0; j < ld; j += lanes<T>) {
-            const V entry = load<V>(k + j) * load<V>(x + j);
+        for (int64_t j = 0; j < ld; j += lanes<T>) {
+          const V x_v = load<V>(x + j);
+          for (int q = 0; q < 4; ++q) {
+            const V entry = load<V>(k + q * ld + j) * x_v;
             mass_v[q] += entry;
-            cost_v[q] += entry * vmin(load<V>(c_row + j), largest);  // a forbidden pair: 0 times a finite number
+            cost_v[q] +=
+                entry * vmin(load<V>(c + q * count + j), largest);  // a forbidden pair: 0 times a finite number
           }
         }
         Four<T> mass = sum_lanes(mass_v[0], mass_v[1], mass_v[2], mass_v[3]);
         Four<T> cost_sum = sum_lanes(cost_v[0], cost_v[1], cost_v[2], cost_v[3]);
         for (int64_t s = 0; s < strips; ++s) {
+          const T* c_s = c + ld + s;
+          const Four<T> costs = {c_s[0], c_s[count], c_s[2 * count], c_s[3 * count]};
           const Four<T> entry = load<Four<T>>(matrix_.strip(s) + i) * x[ld + s];
-          for (int64_t q = 0; q < valid; ++q) {
-            const T c_q = c[q * count + ld + s];
-            mass[q] += entry[q];
-            cost_sum[q] += entry[q] * (c_q < largest[0] ? c_q : largest[0]);
-          }
+          mass += entry;
+          cost_sum += entry * vmin(costs, Four<T>{} + largest[0]);
         }
-        for (int64_t q = 0; q < valid; ++q) {
+        for (int q = 0; q < 4; ++q) {
           const double a = static_cast<double>(p.a[i + q]), scale = a / static_cast<double>(r[i + q]);
           violation += __builtin_fabs(scale * static_cast<double>(mass[q]) - a);
           cost += scale * static_cast<double>(cost_sum[q]);
-          if (plan != nullptr) write_plan_row(i + q, r[i + q], c, plan + (i + q) * all.m);
         }
+        if (plan != nullptr)
+          for (int64_t q = 0; q < 4 && i + q < p.rows; ++q) write_plan_row(i + q, r[i + q], c, plan + (i + q) * all.m);
       }
       block_sums_[2 * block] = violation;
       block_sums_[2 * block + 1] = cost;

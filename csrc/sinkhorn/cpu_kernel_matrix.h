@@ -309,50 +309,48 @@ class KernelMatrix {
     using V = Vec<T>;
     constexpr int W = lanes<T>;
     const Problem<T>& p = *p_;
-    const int64_t count = p.padded_cols, ld = ld_, valid = p.rows - i < 4 ? p.rows - i : 4;
+    const int64_t count = p.padded_cols, ld = ld_;
     const double largest = static_cast<double>(std::numeric_limits<T>::max());
     const T inverse_eps = static_cast<T>(p.inverse_eps() < largest ? p.inverse_eps() : largest);
+    const T no_pair = static_cast<T>(infinity);
     T* c = rows_ + block * 4 * count;
-    const V minus_infinity = broadcast<V>(static_cast<T>(-infinity));
+    p.cost.read_four(i, c);
     auto fine = V{} == V{};
     V least_v[4];
-    for (int64_t q = 0; q < 4; ++q) {
-      least_v[q] = -minus_infinity;
-      if (q >= valid) continue;
-      p.cost.read(i + q, c + q * count);
+    for (int q = 0; q < 4; ++q) {
+      least_v[q] = load<V>(c + q * count);
       for (int64_t j = 0; j < count; j += W) {
         const V c_v = load<V>(c + q * count + j);
-        fine &= c_v > minus_infinity;
+        fine &= c_v > -no_pair;
         least_v[q] = vmin(c_v, least_v[q]);
       }
     }
     if (any(~fine)) return false;
     const Four<T> least = least_lanes(least_v[0], least_v[1], least_v[2], least_v[3]);
-    bool ok = true, all_four = valid == 4;
-    for (int64_t q = 0; q < valid; ++q) {
-      if (!(least[q] < std::numeric_limits<T>::infinity())) {
-        ok = set_empty_row(i + q) && ok;
-        all_four = false;
-        continue;
+    bool ok = true;
+    if (!any(~(least < no_pair))) {
+      T* k = K_ + i * ld;
+      for (int64_t j = 0; j < ld; j += W)
+        for (int q = 0; q < 4; ++q) store(k + q * ld + j, vexp((least[q] - load<V>(c + q * count + j)) * inverse_eps));
+      for (int q = 0; q < 4; ++q) f0_[i + q] = static_cast<double>(least[q]);
+    } else {
+      for (int64_t q = 0; q < 4 && i + q < p.rows; ++q) {
+        if (!(least[q] < no_pair)) {
+          ok = set_empty_row(i + q) && ok;
+          continue;
+        }
+        f0_[i + q] = static_cast<double>(least[q]);
+        T* k = K_ + (i + q) * ld;
+        for (int64_t j = 0; j < ld; j += W) store(k + j, vexp((least[q] - load<V>(c + q * count + j)) * inverse_eps));
       }
-      f0_[i + q] = static_cast<double>(least[q]);
-      const V base = broadcast<V>(static_cast<T>(least[q]));
-      const T* c_row = c + q * count;
-      T* k = K_ + (i + q) * ld;
-      for (int64_t j = 0; j < ld; j += W) store(k + j, vexp((base - load<V>(c_row + j)) * inverse_eps));
     }
     if constexpr (W >= 4) {  // there are no strips else
       for (int64_t s = 0; s < strips_; ++s) {
-        V difference{};
-        for (int64_t q = 0; q < valid; ++q) difference[q] = least[q] - c[q * count + ld + s];
-        const Four<T> entries = low_four<T>(vexp(difference * inverse_eps));
-        T* strip = strip_ + s * p.padded_rows + i;
-        if (all_four) {
-          store(strip, entries);
-        } else {
-          for (int64_t q = 0; q < valid; ++q)
-            strip[q] = least[q] < std::numeric_limits<T>::infinity() ? entries[q] : T(0);
-        }
+        const T* c_s = c + ld + s;
+        const Four<T> costs = {c_s[0], c_s[count], c_s[2 * count], c_s[3 * count]};
+        V exponents{};
+        store(reinterpret_cast<T*>(&exponents), (least < no_pair ? least - costs : Four<T>{} - no_pair) * inverse_eps);
+        store(strip_ + s * p.padded_rows + i, low_four<T>(vexp(exponents)));
       }
     }
     return ok;

@@ -72,11 +72,22 @@ class CostRows {
  public:
   CostRows() = default;
   CostRows(const CostView& view, int64_t batch_index, int64_t rows, int64_t cols, int64_t padded_cols)
-      : view_(view), offset_(batch_index * view.batch_stride), cols_(cols), padded_cols_(padded_cols) {
+      : view_(view), offset_(batch_index * view.batch_stride), rows_(rows), cols_(cols), padded_cols_(padded_cols) {
     // A whole vector may be read past the end of row i as long as that stays within the rows that follow.
     const int64_t past = padded_cols - cols;
     readable_rows_ = view.row_stride > 0 ? rows - (past + view.row_stride - 1) / view.row_stride : 0;
     if (past == 0) readable_rows_ = rows;
+  }
+
+  // Rows i to i + 3, [4, padded_cols]; those past the end are all +inf.
+  void read_four(int64_t i, T* out) const {
+    for (int64_t q = 0; q < 4; ++q, out += padded_cols_) {
+      if (i + q < rows_) {
+        read(i + q, out);
+      } else {
+        for (int64_t j = 0; j < padded_cols_; ++j) out[j] = static_cast<T>(infinity);
+      }
+    }
   }
 
   // Row i as contiguous Reals, with +inf (a forbidden pair) in the padding.
@@ -109,7 +120,7 @@ class CostRows {
     for (int64_t j = cols_; j < padded_cols_; ++j) out[j] = static_cast<T>(infinity);
   }
   CostView view_{};
-  int64_t offset_ = 0, cols_ = 0, padded_cols_ = 0, readable_rows_ = 0;
+  int64_t offset_ = 0, rows_ = 0, cols_ = 0, padded_cols_ = 0, readable_rows_ = 0;
 };
 
 // How the rows of a matrix are split into tasks. It depends on the shape alone, never on the number of threads, because
