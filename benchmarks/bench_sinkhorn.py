@@ -44,8 +44,8 @@ from problems import (
     solve_float64,
 )
 
-ROW_SECONDS = 5.0  # time budget of a row; everyone gets five repetitions, however long that takes
-BUSY = 0.5  # a load average from which the table warns
+ROW_SECONDS = 4.0  # time budget of a row; everyone gets five repetitions, however long that takes
+DISTURBED = 0.1  # CPUs that other programs use during the timings, from which the table says so
 ERROR_PROBLEMS = 64  # how many problems give the marginal error of potentials, and the iterations that match it
 
 
@@ -124,7 +124,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     use_threads(options.threads)
-    load = os.getloadavg()[0]
     device = options.device
     rows = quick_rows(device) if options.quick else ROWS[device]
     points, facts = None, None
@@ -163,7 +162,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         result["limit"] = roofline.percentage(row, result["ours"]["seconds"]["median"], best, device)
     return {
         **provenance(device, peers),
-        "load_before": load,
         "quick": options.quick,
         "limits": best,
         "faces": facts,
@@ -194,7 +192,8 @@ def run_row(problem: Problem, peers: list[Peer], clock: measure.Clock, least: in
             timed.append((f"ours at the error of {peer.name}", measure.Contender(call)))
 
     (_, ours_timed), *others = timed
-    measure.interleave(ours_timed, [c for _, c in others], clock, budget, least)
+    with measure.OtherPrograms() as other_programs:
+        measure.interleave(ours_timed, [c for _, c in others], clock, budget, least)
     samples = {name: contender.samples for name, contender in timed}
     for entry in entries:
         if entry["name"] not in samples:
@@ -207,7 +206,7 @@ def run_row(problem: Problem, peers: list[Peer], clock: measure.Clock, least: in
         baseline = entry.get("ours_seconds", entries[0]["seconds"])
         if entry is not entries[0]:
             entry["ratio"] = entry["seconds"]["median"] / baseline["median"]
-    return {"ours": entries[0], "peers": entries[1:]}
+    return {"ours": entries[0], "peers": entries[1:], "other_programs_cpus": other_programs.cpus}
 
 
 def describe(peer: Peer, problem: Problem, result: Any, exact: Answer | None) -> dict[str, Any]:
@@ -375,7 +374,9 @@ def table(result: dict[str, Any]) -> str:
         return f" [{notes.setdefault(text, len(notes) + 1)}]"
 
     for row in result["rows"]:
-        lines.append(f"{row['title']}; {row['input']}")
+        others = row["other_programs_cpus"] or 0
+        disturbed = f"; DISTURBED: other programs used {others:.1f} CPUs" if others > DISTURBED else ""
+        lines.append(f"{row['title']}; {row['input']}{disturbed}")
         for entry in (row["ours"], *row["peers"]):
             lines.append(table_line(entry, row, mark))
     widths = [max(len(line[i]) for line in lines if isinstance(line, list)) for i in range(len(COLUMNS))]
@@ -396,7 +397,7 @@ def table_line(entry: dict[str, Any], row: dict[str, Any], mark: Callable[[str],
     if entry["name"] in PEERS and PEERS[entry["name"]].note:
         label += mark(PEERS[entry["name"]].note)
     if "counted" in entry:
-        label += mark(f"timed on {entry['counted']} of {row['batch']} problems and scaled")
+        label += mark(f"run on {entry['counted']} of {row['batch']} problems, its time scaled")
     iterations = str(entry["iterations"] or "-")
     if "ours_iterations" in entry:
         ours = f"{entry['ours_iterations']} iterations, {milliseconds(entry['ours_seconds']['median'])} ms"
@@ -422,10 +423,6 @@ def heading(result: dict[str, Any]) -> str:
         f"otface_cuda {result['info'].get('version', '')} at {(result['commit'] or 'no commit')[:10]}"
         f"{' with changes' if result['dirty'] else ''}"
     ]
-    if result["load_before"] > BUSY:
-        lines.append(
-            f"Other programs kept {result['load_before']:.1f} CPUs busy before this run: do not trust its figures."
-        )
     limits = result["limits"]
     reads = "".join(
         f", reading {int(size) / 2**20:.0f} MB {rate / 1e9:.0f} GB/s"

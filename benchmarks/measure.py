@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import os
 import resource
 import statistics
 import sys
@@ -95,6 +96,31 @@ def interleave(ours: Contender, others: list[Contender], clock: Clock, budget: f
             if contender is not ours:
                 ours.take_turn(clock)
             contender.take_turn(clock)
+
+
+class OtherPrograms:
+    """How many CPUs other programs kept busy inside a ``with`` block; None where the system does not say."""
+
+    cpus: float | None = None
+
+    def __enter__(self) -> OtherPrograms:
+        self._begin = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._begin and (end := self._now()):
+            everyone, us, wall = (after - before for after, before in zip(end, self._begin, strict=True))
+            self.cpus = max(0.0, (everyone - us) / wall)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """CPU seconds of the whole machine, CPU seconds of this process with its threads, wall seconds."""
+        try:
+            user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
+        except OSError:
+            return None
+        ticks = user + nice + system + irq + softirq
+        return ticks / os.sysconf("SC_CLK_TCK"), time.process_time(), time.perf_counter()
 
 
 # Peak memory on the CPU. Each measurement has a process of its own, forked from a server that has imported the

@@ -36,7 +36,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         figure, (left, right) = plt.subplots(
             1, 2, figsize=(8, 1.6 + 0.55 * len(rows)), width_ratios=[3, 1], sharey=True, layout="constrained"
         )
-        for name, (colour, marker) in STYLES.items():
+        for i, (name, (colour, marker)) in enumerate(STYLES.items()):
+            shift = 0.24 - 0.08 * i  # so that equal ratios do not hide each other
             found = [
                 (entry, y)
                 for row, y in zip(rows, places, strict=True)
@@ -44,7 +45,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 if entry["name"] == name and "ratio" in entry
             ]
             if found:
-                ratios, heights = [entry["ratio"] for entry, _ in found], [y for _, y in found]
+                ratios = [entry["ratio"] for entry, _ in found]
+                heights = [y + shift for _, y in found]
                 left.scatter(ratios, heights, s=55, color=colour, marker=marker, label=found[0][0]["label"], zorder=3)
         left.set_xscale("log")
         left.axvline(1, color="0.4", linewidth=1)
@@ -59,7 +61,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for row, y in zip(rows, places, strict=True):
             if row["limit"]:
                 text = f"{row['limit']['percent']:.0f} % {row['limit']['of']}"
-                right.text(row["limit"]["percent"] + 3, y, text, va="center", fontsize=9)
+                white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+                right.text(row["limit"]["percent"] + 4, y, text, va="center", fontsize=9, bbox=white)
         right.set_xlim(0, max(100, *limits) * 1.45)
         right.set_xticks([0, 50, 100])
         right.axvline(100, color="0.4", linewidth=1)

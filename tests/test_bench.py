@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,22 @@ def test_peak_memory_of_a_child_that_dies_is_unknown():
 
 def dying_work():
     raise SystemExit(0)
+
+
+def test_other_programs_are_told_from_ourselves():
+    if not Path("/proc/stat").exists():
+        pytest.skip("needs Linux's /proc")
+    with measure.OtherPrograms() as idle:
+        time.sleep(0.3)
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        with measure.OtherPrograms() as disturbed:
+            time.sleep(1.0)
+    finally:
+        busy.kill()
+        busy.wait()
+    assert idle.cpus >= 0
+    assert disturbed.cpus > 0.3
 
 
 def test_work_counts_multiply_adds():

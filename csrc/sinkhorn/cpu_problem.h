@@ -194,7 +194,11 @@ struct Problem {
     valid = rows_ok && cols_ok && a_ok && b_ok && eps > 0 && eps < infinity;
   }
 
-  double inverse_eps() const { return 1 / eps; }
+  // Finite also for the least eps: a difference of 0 stays 0.
+  double inverse_eps() const {
+    const double largest = std::numeric_limits<double>::max();
+    return 1 / eps < largest ? 1 / eps : largest;
+  }
 
  private:
   bool read_length(const int64_t* lengths, int64_t size, int64_t& length) const {
