@@ -47,7 +47,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
             if found:
                 ratios = [entry["ratio"] for entry, _ in found]
                 heights = [y + shift for _, y in found]
-                left.scatter(ratios, heights, s=55, color=colour, marker=marker, label=found[0][0]["label"], zorder=3)
+                legend = found[0][0]["label"] + (", at its error" if "ours_seconds" in found[0][0] else "")
+                left.scatter(ratios, heights, s=55, color=colour, marker=marker, label=legend, zorder=3)
         left.set_xscale("log")
         left.axvline(1, color="0.4", linewidth=1)
         left.set_yticks(list(places), [label(row) for row in rows])
