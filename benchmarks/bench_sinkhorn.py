@@ -400,8 +400,8 @@ def table_line(entry: dict[str, Any], row: dict[str, Any], mark: Callable[[str],
         label += mark(f"run on {entry['counted']} of {row['batch']} problems, its time scaled")
     iterations = str(entry["iterations"] or "-")
     if "ours_iterations" in entry:
-        ours = f"{entry['ours_iterations']} iterations, {milliseconds(entry['ours_seconds']['median'])} ms"
-        label += mark(f"in this row ours reaches that error after {ours}")
+        ours = f"max_iter={entry['ours_iterations']}, in {milliseconds(entry['ours_seconds']['median'])} ms"
+        label += mark(f"in this row ours reaches that error with {ours}")
     is_ours = entry is row["ours"]
     limit = row["limit"] if is_ours else None
     difference = entry.get("difference")
