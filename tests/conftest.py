@@ -21,7 +21,7 @@ def _has_cuda_kernels() -> bool:
     return torch.cuda.is_available() and bool(otface_cuda.info().cuda_architectures)
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(scope="session", params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not _has_cuda_kernels():
         pytest.skip("needs a GPU and a build with CUDA kernels")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import otface_cuda
 
-from .problems import Problem, Tolerance, random_problem, tolerance
+from .problems import Problem, Tolerance, one_thread, random_problem, tolerance
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -104,7 +104,7 @@ def test_at_convergence(
 ) -> None:
     problem = random_problem(1, n, m, seed=n + m, dtype=dtype, mass=mass, zero_weights=zero_weights)
     cost, a, b = (x[0].double() for x in problem)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), one_thread():
         warnings.simplefilter("error")  # POT warns if it did not converge
         plan, log = ot.sinkhorn(
             a, b, cost, eps, method="sinkhorn_log", stopThr=1e-13 * mass, numItermax=20_000, log=True
@@ -120,7 +120,8 @@ def test_at_convergence(
 def test_batch_at_convergence(n: int, m: int, eps: float, dtype: torch.dtype, device: str) -> None:
     problem = random_problem(3, n, m, seed=1, dtype=dtype)
     cost, a, b = (x.double() for x in problem)
-    pot = ot.batch.solve_batch(cost, eps, a, b, max_iter=20_000, tol=1e-13, method="log_sinkhorn", grad="detach")
+    with one_thread():
+        pot = ot.batch.solve_batch(cost, eps, a, b, max_iter=20_000, tol=1e-13, method="log_sinkhorn", grad="detach")
     assert pot.log["n_iter"] < 19_999
     out = problem.to(device).solve(eps, max_iter=pot.log["n_iter"] + 20, return_plan=True)
     tol = converged_tolerance(problem, eps, pot.log["n_iter"])
