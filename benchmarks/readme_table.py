@@ -1,0 +1,81 @@
+"""Put the tables of README.md in, each from the committed result that the comment above it names.
+
+python benchmarks/readme_table.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench_sinkhorn import DISTURBED, megabytes, milliseconds, significant
+from peers import PEERS
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKED = re.compile(r"(<!-- table of (?P<result>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def fill(text: str, root: Path = ROOT) -> str:
+    """The text with every marked table made anew. One whose result does not exist yet is left as it is."""
+
+    def table_of(match: re.Match[str]) -> str:
+        path = root / match["result"]
+        return match[1] + render(json.loads(path.read_text())) + match[3] if path.exists() else match[0]
+
+    return MARKED.sub(table_of, text)
+
+
+def render(result: dict[str, Any]) -> str:
+    """A Markdown table, one line per row of the benchmark, and a line that says where and how it was measured."""
+    rows = [row for row in result["rows"] if row["input"] == "faces" or not result["faces"]]
+    timed = {entry["name"]: entry for row in rows for entry in row["peers"] if "ratio" in entry}
+    peers = [name for name in PEERS if name in timed]
+    head = [
+        "problems",
+        "otface_cuda",
+        "of the limit",
+        "from float64",
+        "peak memory",
+        *(timed[p]["label"] for p in peers),
+    ]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *(line(row, peers) for row in rows)]
+    versions = dict.fromkeys(f"{PEERS[name].package} {timed[name]['version']}" for name in peers)
+    cpu = result["info"]["cpu_isa"]
+    made = (
+        f"{result['device_name']}, {result['threads']} threads, {cpu}, commit {(result['commit'] or 'unknown')[:10]}"
+        f"{' with changes' if result['dirty'] else ''}, {result['date'][:10]}. Versions: {', '.join(versions)}."
+    )
+    disturbance = max(row["other_programs_cpus"] or 0 for row in rows)
+    if disturbance > DISTURBED:
+        made += f" Other programs used up to {disturbance:.1f} CPUs during these timings."
+    return "\n".join(["", *("| " + " | ".join(cells) + " |" for cells in lines), "", made, "", ""])
+
+
+def line(row: dict[str, Any], peers: list[str]) -> list[str]:
+    ours, entries = row["ours"], {entry["name"]: entry for entry in row["peers"]}
+    kind = "forward + backward" if row["backward"] else "forward"
+    ratios = [f"{significant(entries[name]['ratio'])}x" if "ratio" in entries.get(name, {}) else "-" for name in peers]
+    return [
+        f"{row['batch']} of {row['n']}x{row['m']}, eps {row['eps']:g}, {row['iterations']} iterations, {kind}",
+        f"{milliseconds(ours['seconds']['median'])} ms",
+        f"{row['limit']['percent']:.0f} % {row['limit']['of']}" if row["limit"] else "-",
+        f"{max(ours['difference'].values()):.0e}" if "difference" in ours else "-",
+        f"{megabytes(ours['peak_bytes'])} MB" if ours.get("peak_bytes") is not None else "-",
+        *ratios,
+    ]
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    missing = [m["result"] for m in MARKED.finditer(readme.read_text()) if not (ROOT / m["result"]).exists()]
+    for result in missing:
+        print(f"readme_table: {result} does not exist, its table is left as it is", file=sys.stderr)
+    readme.write_text(fill(readme.read_text()))
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
