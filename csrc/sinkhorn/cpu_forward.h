@@ -144,10 +144,11 @@ class ForwardSolver {
     rows_.resize(p.blocks.count * 4 * count);
     const V largest = broadcast<V>(std::numeric_limits<T>::max());
     matrix_.for_blocks([&](int64_t block, int64_t begin, int64_t end) {
-      T* c = rows_ + block * 4 * count;
+      T* buffer = rows_ + block * 4 * count;
       double violation = 0, cost = 0;
       for (int64_t i = begin; i < end; i += 4) {
-        p.cost.read_four(i, c);
+        int64_t stride;
+        const T* c = p.cost.read_four(i, matrix_.needs_padding(), buffer, stride);
         const T* k = matrix_.main() + i * ld;
         V mass_v[4] = {}, cost_v[4] = {};
         for (int64_t j = 0; j < ld; j += lanes<T>) {
@@ -156,14 +157,13 @@ class ForwardSolver {
             const V entry = load<V>(k + q * ld + j) * x_v;
             mass_v[q] += entry;
             cost_v[q] +=
-                entry * vmin(load<V>(c + q * count + j), largest);  // a forbidden pair: 0 times a finite number
+                entry * vmin(load<V>(c + q * stride + j), largest);  // a forbidden pair: 0 times a finite number
           }
         }
         Four<T> mass = sum_lanes(mass_v[0], mass_v[1], mass_v[2], mass_v[3]);
         Four<T> cost_sum = sum_lanes(cost_v[0], cost_v[1], cost_v[2], cost_v[3]);
         for (int64_t s = 0; s < strips; ++s) {
-          const T* c_s = c + ld + s;
-          const Four<T> costs = {c_s[0], c_s[count], c_s[2 * count], c_s[3 * count]};
+          const Four<T> costs = matrix_.column_of_four(c + ld + s, stride);
           const Four<T> entry = load<Four<T>>(matrix_.strip(s) + i) * x[ld + s];
           mass += entry;
           cost_sum += entry * vmin(costs, Four<T>{} + largest[0]);
@@ -174,7 +174,8 @@ class ForwardSolver {
           cost += scale * static_cast<double>(cost_sum[q]);
         }
         if (plan != nullptr)
-          for (int64_t q = 0; q < 4 && i + q < p.rows; ++q) write_plan_row(i + q, r[i + q], c, plan + (i + q) * all.m);
+          for (int64_t q = 0; q < 4 && i + q < p.rows; ++q)
+            write_plan_row(i + q, r[i + q], buffer, plan + (i + q) * all.m);
       }
       block_sums_[2 * block] = violation;
       block_sums_[2 * block + 1] = cost;

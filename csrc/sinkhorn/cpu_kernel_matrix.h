@@ -53,8 +53,9 @@ void add_potentials(const T* c, double f, const double* g, int64_t count, double
 // out_j = exp(difference_j / eps); a difference of -inf gives 0.
 template <class T>
 void exp_of(const double* difference, double inverse_eps, int64_t count, T* out) {
-  for (int64_t j = 0; j < count; ++j) out[j] = static_cast<T>(difference[j] * inverse_eps);
-  for (int64_t j = 0; j < count; j += lanes<T>) store(out + j, vexp(load<Vec<T>>(out + j)));
+  const double scale = inverse_eps * log2_of_e;
+  for (int64_t j = 0; j < count; ++j) out[j] = static_cast<T>(difference[j] * scale);
+  for (int64_t j = 0; j < count; j += lanes<T>) store(out + j, vexp2(load<Vec<T>>(out + j)));
 }
 
 inline double least_of(const double* x, const double* skip, int64_t count) {  // count is a multiple of the lanes
@@ -162,6 +163,12 @@ class KernelMatrix {
   const T* empty_col() const {
     return empty_col_;
   }  // [padded_cols]; added to the sums, they make such a sum 1, its log 0
+
+  // Whether rows of the cost have to be padded to whole vectors to go with rows of K.
+  bool needs_padding() const { return strips_ == 0 && p_->cols != ld_; }
+  static Four<T> column_of_four(const T* c, int64_t stride) {
+    return Four<T>{c[0], c[stride], c[2 * stride], c[3 * stride]};
+  }
 
   // Row i in one piece, [padded_cols]: where it lies, or put together in `buffer`.
   const T* row(int64_t i, T* buffer) const {
@@ -309,29 +316,36 @@ class KernelMatrix {
     using V = Vec<T>;
     constexpr int W = lanes<T>;
     const Problem<T>& p = *p_;
-    const int64_t count = p.padded_cols, ld = ld_;
-    const double largest = static_cast<double>(std::numeric_limits<T>::max());
-    const T inverse_eps = static_cast<T>(p.inverse_eps() < largest ? p.inverse_eps() : largest);
+    const int64_t ld = ld_;
+    const double exact_scale = p.inverse_eps() * log2_of_e,
+                 largest = static_cast<double>(std::numeric_limits<T>::max());
+    const T scale = static_cast<T>(exact_scale < largest ? exact_scale : largest);
     const T no_pair = static_cast<T>(infinity);
-    T* c = rows_ + block * 4 * count;
-    p.cost.read_four(i, c);
+    int64_t stride;
+    const T* c = p.cost.read_four(i, needs_padding(), rows_ + block * 4 * p.padded_cols, stride);
     auto fine = V{} == V{};
     V least_v[4];
     for (int q = 0; q < 4; ++q) {
-      least_v[q] = load<V>(c + q * count);
-      for (int64_t j = 0; j < count; j += W) {
-        const V c_v = load<V>(c + q * count + j);
+      least_v[q] = load<V>(c + q * stride);
+      for (int64_t j = 0; j < ld; j += W) {
+        const V c_v = load<V>(c + q * stride + j);
         fine &= c_v > -no_pair;
         least_v[q] = vmin(c_v, least_v[q]);
       }
     }
+    Four<T> least_strip = Four<T>{} + no_pair;
+    for (int64_t s = 0; s < strips_; ++s) {
+      const Four<T> costs = column_of_four(c + ld + s, stride);
+      least_strip = vmin(costs, least_strip);
+      if (any(~(costs > -no_pair))) return false;
+    }
     if (any(~fine)) return false;
-    const Four<T> least = least_lanes(least_v[0], least_v[1], least_v[2], least_v[3]);
+    const Four<T> least = vmin(least_lanes(least_v[0], least_v[1], least_v[2], least_v[3]), least_strip);
     bool ok = true;
     if (!any(~(least < no_pair))) {
       T* k = K_ + i * ld;
       for (int64_t j = 0; j < ld; j += W)
-        for (int q = 0; q < 4; ++q) store(k + q * ld + j, vexp((least[q] - load<V>(c + q * count + j)) * inverse_eps));
+        for (int q = 0; q < 4; ++q) store(k + q * ld + j, vexp2((least[q] - load<V>(c + q * stride + j)) * scale));
       for (int q = 0; q < 4; ++q) f0_[i + q] = static_cast<double>(least[q]);
     } else {
       for (int64_t q = 0; q < 4 && i + q < p.rows; ++q) {
@@ -341,16 +355,15 @@ class KernelMatrix {
         }
         f0_[i + q] = static_cast<double>(least[q]);
         T* k = K_ + (i + q) * ld;
-        for (int64_t j = 0; j < ld; j += W) store(k + j, vexp((least[q] - load<V>(c + q * count + j)) * inverse_eps));
+        for (int64_t j = 0; j < ld; j += W) store(k + j, vexp2((least[q] - load<V>(c + q * stride + j)) * scale));
       }
     }
     if constexpr (W >= 4) {  // there are no strips else
       for (int64_t s = 0; s < strips_; ++s) {
-        const T* c_s = c + ld + s;
-        const Four<T> costs = {c_s[0], c_s[count], c_s[2 * count], c_s[3 * count]};
+        const Four<T> difference = least < no_pair ? least - column_of_four(c + ld + s, stride) : Four<T>{} - no_pair;
         V exponents{};
-        store(reinterpret_cast<T*>(&exponents), (least < no_pair ? least - costs : Four<T>{} - no_pair) * inverse_eps);
-        store(strip_ + s * p.padded_rows + i, low_four<T>(vexp(exponents)));
+        store(reinterpret_cast<T*>(&exponents), difference * scale);
+        store(strip_ + s * p.padded_rows + i, low_four<T>(vexp2(exponents)));
       }
     }
     return ok;

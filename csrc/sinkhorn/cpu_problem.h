@@ -77,17 +77,26 @@ class CostRows {
     const int64_t past = padded_cols - cols;
     readable_rows_ = view.row_stride > 0 ? rows - (past + view.row_stride - 1) / view.row_stride : 0;
     if (past == 0) readable_rows_ = rows;
+    is_real_ = view.dtype == (sizeof(T) == sizeof(double) ? DType::float64 : DType::float32);
   }
 
-  // Rows i to i + 3, [4, padded_cols]; those past the end are all +inf.
-  void read_four(int64_t i, T* out) const {
-    for (int64_t q = 0; q < 4; ++q, out += padded_cols_) {
+  // Rows i to i + 3, `stride` apart: where they lie, if they lie there as contiguous Reals and the caller needs no padding,
+  // else as a copy in `buffer` [4, padded_cols], where rows past the end are all +inf.
+  const T* read_four(int64_t i, bool needs_padding, T* buffer, int64_t& stride) const {
+    if (is_real_ && view_.col_stride == 1 && !needs_padding && i + 4 <= rows_) {
+      stride = view_.row_stride;
+      return static_cast<const T*>(view_.data) + offset_ + i * stride;
+    }
+    stride = padded_cols_;
+    for (int64_t q = 0; q < 4; ++q) {
+      T* out = buffer + q * stride;
       if (i + q < rows_) {
         read(i + q, out);
       } else {
         for (int64_t j = 0; j < padded_cols_; ++j) out[j] = static_cast<T>(infinity);
       }
     }
+    return buffer;
   }
 
   // Row i as contiguous Reals, with +inf (a forbidden pair) in the padding.
@@ -120,6 +129,7 @@ class CostRows {
     for (int64_t j = cols_; j < padded_cols_; ++j) out[j] = static_cast<T>(infinity);
   }
   CostView view_{};
+  bool is_real_ = false;
   int64_t offset_ = 0, rows_ = 0, cols_ = 0, padded_cols_ = 0, readable_rows_ = 0;
 };
 
