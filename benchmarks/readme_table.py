@@ -42,7 +42,9 @@ def render(result: dict[str, Any]) -> str:
         *(timed[p]["label"] for p in peers),
     ]
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *(line(row, peers) for row in rows)]
-    versions = dict.fromkeys(f"{PEERS[name].package} {timed[name]['version']}" for name in peers)
+    versions = dict.fromkeys(
+        [f"torch {result['torch']}", *(f"{PEERS[name].package} {timed[name]['version']}" for name in peers)]
+    )
     cpu = result["info"]["cpu_isa"]
     made = (
         f"{result['device_name']}, {result['threads']} threads, {cpu}, commit {(result['commit'] or 'unknown')[:10]}"

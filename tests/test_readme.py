@@ -118,6 +118,7 @@ def test_fill_makes_a_table_of_a_result(tmp_path):
         "info": {"cpu_isa": "avx2"},
         "device_name": "CPU X",
         "threads": 2,
+        "torch": "2.13.0",
         "commit": "0123456789abcdef",
         "dirty": False,
         "date": "2026-01-02 03:04 UTC",
@@ -136,7 +137,7 @@ def test_fill_makes_a_table_of_a_result(tmp_path):
         "| 4 of 7x9, eps 0.1, 12 iterations, forward | 2.00 ms | 51 % matmul | 1e-07 | 1.2 MB | 57x |",
         "| 4 of 7x9, eps 0.1, 12 iterations, forward + backward | 2.00 ms | - | 1e-07 | 1.2 MB | - |",
         "",
-        "CPU X, 2 threads, avx2, commit 0123456789, 2026-01-02. Versions: pot 0.9.7. "
+        "CPU X, 2 threads, avx2, commit 0123456789, 2026-01-02. Versions: torch 2.13.0, pot 0.9.7. "
         "Other programs used up to 0.7 CPUs during these timings.",
         "",
         "<!-- end of table -->",
@@ -148,7 +149,14 @@ def test_fill_makes_a_table_of_a_result(tmp_path):
 
 def test_a_table_of_faces_leaves_out_other_rows(tmp_path):
     rows = [row("one", input="faces"), row("two", batch=99)]
-    result = {"info": {"cpu_isa": "avx2"}, "device_name": "X", "threads": 1, "commit": None, "dirty": True}
+    result = {
+        "info": {"cpu_isa": "avx2"},
+        "device_name": "X",
+        "threads": 1,
+        "torch": "2",
+        "commit": None,
+        "dirty": True,
+    }
     table = readme_table.render({**result, "date": "2026-01-02", "faces": {"pairs": 4}, "rows": rows})
     assert "| 4 of 7x9" in table
     assert "99 of" not in table

@@ -175,7 +175,8 @@ class KernelMatrix {
     if (strips_ == 0) return K_ + i * ld_;
     for (int64_t j = 0; j < ld_; j += lanes<T>) store(buffer + j, load<Vec<T>>(K_ + i * ld_ + j));
     Vec<T> last{};
-    for (int64_t c = 0; c < strips_; ++c) last[c] = strip(c)[i];
+    for (int64_t c = 0; c < strips_; ++c)
+      last = lane_numbers<T>() == static_cast<T>(c) ? broadcast<Vec<T>>(strip(c)[i]) : last;
     store(buffer + ld_, last);
     return buffer;
   }

@@ -62,24 +62,21 @@ class OuterProducts {
     terms_ = 0;
   }
 
-  // Row i of the sum: add to it, or write it out, with zeros in the padding up to m.
-  void add_row(int64_t i, const T* row) {
+  // Row i of the sum, [padded_cols]: what it starts from (zero else), and, with zeros up to m, what it has come to.
+  void start_row(int64_t i, const T* row) {
     if (!wanted_) return;
-    for (int64_t j = 0; j < p_->cols; ++j) entry(i, j) += row[j];
+    std::memcpy(sum_ + i * matrix_->ld(), row, static_cast<size_t>(matrix_->ld()) * sizeof(T));
+    for (int64_t c = 0; c < matrix_->strips(); ++c) strip_sum_[c * p_->padded_rows + i] = row[matrix_->ld() + c];
   }
-  void write_row(int64_t i, int64_t m, T* out) {
-    const int64_t in_main = p_->cols - matrix_->strips();
-    std::memcpy(out, sum_ + i * matrix_->ld(), static_cast<size_t>(in_main) * sizeof(T));
-    for (int64_t j = in_main; j < m; ++j) out[j] = j < p_->cols ? entry(i, j) : T(0);
+  void write_row(int64_t i, int64_t m, T* out) const {
+    const int64_t ld = matrix_->ld(), strips = matrix_->strips(), in_main = p_->cols - strips;
+    std::memcpy(out, sum_ + i * ld, static_cast<size_t>(in_main) * sizeof(T));
+    for (int64_t c = 0; c < strips; ++c) out[in_main + c] = strip_sum_[c * p_->padded_rows + i];
+    for (int64_t j = p_->cols; j < m; ++j) out[j] = 0;
   }
 
  private:
   static constexpr int most_terms = 32;
-
-  T& entry(int64_t i, int64_t j) {
-    const int64_t ld = matrix_->ld();
-    return j < ld ? sum_[i * ld + j] : strip_sum_[(j - ld) * p_->padded_rows + i];
-  }
 
   template <int Width>
   OTFACE_INLINE void add_tile(int64_t i, int64_t j) {
@@ -219,13 +216,16 @@ class UnrolledGradient {
 
   void start_from_outputs(const GradientViews<T>& views, const double* potentials, const T* r, const T* s) {
     const Problem<T>& p = problem_;
+    T* inverse_s = products_.right(0);  // nothing else is there yet
+    for (int64_t j = 0; j < p.padded_cols; ++j) inverse_s[j] = T(1) / s[j];
     outputs_.compute(
         p, matrix_, *params_, views, potentials,
         [&](int64_t i, T* e) {
           const T* k = matrix_.row(i, e);
-          for (int64_t j = 0; j < p.padded_cols; ++j) e[j] = k[j] / (r[i] * s[j]);
+          const T inverse_r = T(1) / r[i];
+          for (int64_t j = 0; j < p.padded_cols; ++j) e[j] = k[j] * (inverse_r * inverse_s[j]);
         },
-        [&](int64_t i, const T* dc) { products_.add_row(i, dc); });
+        [&](int64_t i, const T* dc) { products_.start_row(i, dc); });
     for (int64_t i = 0; i < p.rows; ++i) grad_f_[i] = static_cast<T>(outputs_.f[i]);
     for (int64_t j = 0; j < p.cols; ++j) grad_g_[j] = static_cast<T>(outputs_.g[j]);
   }
