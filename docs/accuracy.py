@@ -1,6 +1,6 @@
 """Measure how far float32 results are from the float64 reference, and print the table of docs/sinkhorn.md.
 
-python docs/accuracy.py      # two minutes
+python docs/accuracy.py      # a few minutes
 
 Differences of the potentials are given as a share of the cost's range, those of the plan as a share of its largest
 entry, those of <P, C> relatively: the largest over all inputs and iteration counts below.

@@ -13,7 +13,9 @@ import torch
 import otface_cuda
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 
+import accuracy
 import readme_table
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +71,15 @@ def test_both_sides_of_a_diff_are_the_same(code):
         results.append((names["cost"], names["plan"], *torch.autograd.grad(names["cost"].sum(), (x, y))))
     for before, after in zip(*results, strict=True):
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
+
+
+def test_accuracy_measures_what_its_table_says():
+    cost = next(accuracy.costs())[:2]
+    f_g, plan, transport_cost, rebuilds, loop_f_g, loop_plan = accuracy.measure(cost, 0.01, 5).tolist()
+    assert max(f_g, plan, transport_cost) < 1e-5
+    assert max(loop_f_g, loop_plan) < 1e-4
+    assert rebuilds == 0
+    assert accuracy.measure(cost, 1e-4, 50)[3] > 0
 
 
 def links() -> list[pytest.param]:
