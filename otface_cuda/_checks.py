@@ -38,8 +38,17 @@ def check_floating(where: str, name: str, x: Any, shape: str, ranks: Sequence[in
         raise wrong_type(where, name, "float64, float32, bfloat16 or float16", x)
     if x.dim() not in ranks:
         raise wrong_value(where, name, f"of shape {shape}", x)
+    check_dense(where, name, x)
+
+
+def check_has_kernels(where: str, name: str, x: Tensor) -> None:
+    if x.device.type != "cpu":
+        raise ValueError(f"{where}: `{name}` must be on the CPU, this version has no kernels for {x.device}")
+
+
+def check_dense(where: str, name: str, x: Tensor) -> None:
     if x.layout != torch.strided:
-        raise wrong_type(where, name, "a dense tensor", x)
+        raise TypeError(f"{where}: `{name}` must be a dense tensor, got a sparse one; pass `{name}.to_dense()`")
 
 
 def check_device(where: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
@@ -63,7 +72,7 @@ def check_choice(where: str, name: str, x: Any, choices: Sequence[str]) -> None:
         raise wrong_value(where, name, " or ".join([", ".join(map(repr, choices[:-1])), repr(choices[-1])]), x)
 
 
-def per_problem(where: str, name: str, x: Any, batch: int, like: Tensor, *, positive: bool) -> Tensor:
+def per_problem(where: str, name: str, x: Any, batch: int, like_name: str, like: Tensor, *, positive: bool) -> Tensor:
     """A float, or a tensor with one number per problem, as (batch,) float64. Gradients do not pass through it."""
     expected = "a positive float" if positive else "a float of at least 0"
     if isinstance(x, Tensor):
@@ -75,8 +84,8 @@ def per_problem(where: str, name: str, x: Any, batch: int, like: Tensor, *, posi
             )
         if x.shape not in ((), (batch,)):
             raise wrong_value(where, name, f"{expected} or a tensor of shape ({batch},)", x)
-        if x.dim() > 0:
-            check_device(where, name, x, "cost", like)
+        if x.dim() > 0 or x.device.type != "cpu":  # one number may come from the CPU
+            check_device(where, name, x, like_name, like)
         values = x.to(device=like.device, dtype=torch.float64).expand(batch)
         if checks_data(values):
             wrong = ~(values > 0) if positive else ~(values >= 0)
@@ -107,7 +116,9 @@ def checks_data(x: Tensor) -> bool:
     return x.device.type == "cpu" or os.environ.get("OTFACE_CHECK") == "1"
 
 
-def lengths(where: str, name: str, x: Any, batch: int, size: int, like: Tensor) -> Tensor | None:
+def lengths(
+    where: str, name: str, x: Tensor | None, batch: int, size: int, like_name: str, like: Tensor
+) -> Tensor | None:
     """(batch,) int64, with values in 1..size."""
     if x is None:
         return None
@@ -118,25 +129,29 @@ def lengths(where: str, name: str, x: Any, batch: int, size: int, like: Tensor) 
         raise wrong_type(where, name, expected, x)
     if x.shape != (batch,):
         raise wrong_value(where, name, expected, x)
-    check_device(where, name, x, "cost", like)
+    check_device(where, name, x, like_name, like)
+    x = x.to(torch.int64)
     if checks_data(x):
         wrong = (x < 1) | (x > size)
         if wrong.any():
             k = int(wrong.nonzero()[0])
             raise ValueError(f"{where}: `{name}` must be between 1 and {size}, got {int(x[k])} for problem {k}")
-    return x.to(torch.int64).contiguous()
+    return x.contiguous()
 
 
-def weights(where: str, name: str, x: Any, batch: int, size: int, batched: bool, like: Tensor) -> Tensor:
+def weights(
+    where: str, name: str, x: Any, batch: int, size: int, batched: bool, like_name: str, like: Tensor
+) -> Tensor:
     """(batch, size), or (size,) for all; a float tensor on the device of the cost."""
     expected = f"of shape ({batch}, {size}) or ({size},)" if batched else f"of shape ({size},)"
     if not isinstance(x, Tensor):
         raise wrong_type(where, name, f"a tensor {expected}", x)
     if x.dtype not in COST_DTYPES:
         raise wrong_type(where, name, "float64, float32, bfloat16 or float16", x)
+    check_dense(where, name, x)
     if x.shape not in ((size,), (batch, size)) or (x.dim() == 2 and not batched):
         raise wrong_value(where, name, expected, x)
-    check_device(where, name, x, "cost", like)
+    check_device(where, name, x, like_name, like)
     return x.expand(batch, size)
 
 
@@ -163,7 +178,7 @@ def check_weights_data(
             k = int((masses[name] <= 0).nonzero()[0])
             raise ValueError(f"{where}: `{name}` must have a positive sum, got 0 for problem {k}")
     if len(masses) == 2:
-        (name_a, mass_a), (name_b, mass_b) = masses.items()
+        (name_a, mass_a), (name_b, mass_b) = zip(masses, torch.broadcast_tensors(*masses.values()), strict=True)
         # Half of the digits of the coarser dtype: more than rounding can do, less than a forgotten normalisation does.
         coarsest = max(torch.finfo(x.dtype).eps for x, _ in given.values())
         wrong = (mass_a - mass_b).abs() > math.sqrt(coarsest) * torch.maximum(mass_a, mass_b)

@@ -29,6 +29,7 @@ class Problems(NamedTuple):
 
 
 class Settings(NamedTuple):
+    where: str  # the user's function, for messages
     max_iter: int
     check_every: int
     grad: str  # "envelope", "unrolled" or "implicit"
@@ -160,7 +161,7 @@ class Sinkhorn(torch.autograd.Function):
     def backward(ctx, value, transport_cost, f, g, plan, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         *problems, potentials, n_iter, history, rebuilt = ctx.saved_tensors
         incoming = OutputGradients(value, transport_cost, f, g, plan if ctx.settings.return_plan else None)
-        check_differentiable("sinkhorn", ctx.settings.grad, incoming)
+        check_differentiable(ctx.settings.where, ctx.settings.grad, incoming)
         grad_cost, grad_a, grad_b = gradients(
             Problems(*problems),
             solution_for_backward(potentials, n_iter, history, rebuilt),

@@ -16,16 +16,13 @@ def prepare_points(points: Tensor, metric: str) -> Tensor:
     points = points if points.dtype == torch.float64 else points.float()
     if metric != "cosine":
         return points
-    # A zero vector has cosine 0 with everything, and no gradient.
-    square = points.square().sum(-1, keepdim=True)
-    nonzero = square > 0
-    # Squares of very small or very large coordinates leave the range of the dtype: scale by the largest coordinate.
-    safe = nonzero & square.isfinite() & (square > torch.finfo(points.dtype).tiny * 1e6)
-    largest = points.detach().abs().amax(-1, keepdim=True) if points.shape[-1] > 0 else square
-    scale = torch.where(safe | (largest == 0) | ~largest.isfinite(), 1.0, largest)
-    scaled = points / scale
+    # First by the largest coordinate, so that no square leaves the range of the dtype; the direction does not depend on
+    # it, so it takes no part in the gradient. A zero vector stays one: cosine 0 with everything, and no gradient.
+    largest = points.detach().abs().amax(-1, keepdim=True) if points.shape[-1] > 0 else points.new_ones(1)
+    scaled = points / torch.where(largest > 0, largest, 1.0)
     square = scaled.square().sum(-1, keepdim=True)
-    return scaled * torch.where(square > 0, square, 1.0).rsqrt() * (square > 0)
+    zero = square == 0  # not so for NaN, which spoils its own problem
+    return torch.where(zero, 0.0, scaled * torch.where(zero, 1.0, square).rsqrt())
 
 
 def cost_of_prepared(x: Tensor, y: Tensor, metric: str) -> Tensor:
@@ -33,29 +30,30 @@ def cost_of_prepared(x: Tensor, y: Tensor, metric: str) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         if metric == "cosine":
             return torch.matmul(x, y.mT).neg_().add_(1)
-        if metric == "sqeuclidean":
-            return _square_distance(x, y)
-        return _square_distance(x, y).sqrt_()
+        x, y = _centred(x, y)
+        # |x - y|^2 = |x|^2 + |y|^2 - 2 <x, y>
+        squares = x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None, :]
+        cost = torch.baddbmm(squares, x, y.mT, alpha=-2).clamp_(min=0)
+        return cost if metric == "sqeuclidean" else cost.sqrt_()
 
 
 def cost_backward(grad: Tensor, cost: Tensor, x: Tensor, y: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """The gradients of x and y from that of the cost."""
     with torch.autocast(x.device.type, enabled=False):
         if metric == "cosine":
-            return -torch.matmul(grad, y), -torch.matmul(grad.mT, x)
+            return torch.matmul(grad, y).neg_(), torch.matmul(grad.mT, x).neg_()
         if metric == "euclidean":  # d|x - y| = d|x - y|^2 / (2 |x - y|), and 0 where the points coincide
             grad = torch.where(cost > 0, grad / (2 * torch.where(cost > 0, cost, 1.0)), 0.0)
+        x, y = _centred(x, y)
         grad_x = 2 * (grad.sum(2, keepdim=True) * x - torch.matmul(grad, y))
         grad_y = 2 * (grad.sum(1)[:, :, None] * y - torch.matmul(grad.mT, x))
         return grad_x, grad_y
 
 
-def _square_distance(x: Tensor, y: Tensor) -> Tensor:
-    # |x - y|^2 = |x|^2 + |y|^2 - 2 <x, y>, about a common centre: what cancels is then no larger than the distances.
+def _centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both about one centre: distances stay, and what cancels in their formula is then no larger than they are."""
     centre = x.mean(1, keepdim=True)
-    x, y = x - centre, y - centre
-    cost = torch.baddbmm(x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None, :], x, y.mT, alpha=-2)
-    return cost.clamp_(min=0)
+    return x - centre, y - centre
 
 
 class PairwiseCost(torch.autograd.Function):

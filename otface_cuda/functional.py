@@ -103,12 +103,25 @@ def sinkhorn(
     >>> torch.allclose(cost.grad, out.plan)
     True
     """
-    where = "sinkhorn"
-    _checks.check_floating(where, "cost", cost, "(B, n, m) or (n, m)", (2, 3))
-    problems, tols, init_g, settings = _prepare(
-        where, cost, eps, a, b, max_iter, tol, check_every, row_lengths, col_lengths, init, grad, return_plan
+    _checks.check_floating("sinkhorn", "cost", cost, "(B, n, m) or (n, m)", (2, 3))
+    _checks.check_has_kernels("sinkhorn", "cost", cost)
+    return _check_and_solve(
+        "sinkhorn",
+        "cost",
+        cost,
+        cost,
+        eps,
+        a,
+        b,
+        max_iter=max_iter,
+        tol=tol,
+        check_every=check_every,
+        row_lengths=row_lengths,
+        col_lengths=col_lengths,
+        init=init,
+        grad=grad,
+        return_plan=return_plan,
     )
-    return _solve(problems, tols, init_g, settings, batched=cost.dim() == 3)
 
 
 def sinkhorn_points(
@@ -119,7 +132,14 @@ def sinkhorn_points(
     b: Tensor | None = None,
     *,
     metric: str = "cosine",
-    **options: Any,
+    max_iter: int = 100,
+    tol: float | Tensor = 0.0,
+    check_every: int = 10,
+    row_lengths: Tensor | None = None,
+    col_lengths: Tensor | None = None,
+    init: SinkhornOutput | tuple[Tensor | None, Tensor] | None = None,
+    grad: str = "envelope",
+    return_plan: bool = False,
 ) -> SinkhornOutput:
     r"""Entropic optimal transport between two sets of points each: :func:`sinkhorn` on the cost between them.
 
@@ -130,8 +150,7 @@ def sinkhorn_points(
         a, b: weights, as in :func:`sinkhorn`.
         metric: ``"cosine"``: 1 - cos(x_i, y_j), where a zero vector has cosine 0; ``"sqeuclidean"``: \|x_i - y_j\|^2;
             ``"euclidean"``: \|x_i - y_j\|, with gradient 0 where the points coincide.
-        **options: ``max_iter``, ``tol``, ``check_every``, ``row_lengths``, ``col_lengths``, ``init``, ``grad`` and
-            ``return_plan`` of :func:`sinkhorn`.
+        max_iter, tol, check_every, row_lengths, col_lengths, init, grad, return_plan: as in :func:`sinkhorn`.
 
     Returns:
         :class:`SinkhornOutput`, with gradients in x and y (and a, b) by the chain rule through the cost.
@@ -151,6 +170,7 @@ def sinkhorn_points(
     for name, points, size in (("x", x, "n"), ("y", y, "m")):
         _checks.check_floating(where, name, points, f"(B, {size}, d) or ({size}, d)", (2, 3))
     _checks.check_device(where, "y", y, "x", x)
+    _checks.check_has_kernels(where, "x", x)
     if x.dim() != y.dim() or x.shape[-1] != y.shape[-1] or (x.dim() == 3 and x.shape[0] != y.shape[0]):
         expected = f"(m, {x.shape[-1]})" if x.dim() == 2 else f"({x.shape[0]}, m, {x.shape[-1]})"
         raise _checks.wrong_value(where, "y", f"of shape {expected} to go with `x`", y)
@@ -161,16 +181,36 @@ def sinkhorn_points(
         empty = ("x", x) if x.shape[-2] == 0 else ("y", y)
         raise _checks.wrong_value(where, empty[0], "at least one point", empty[1])
     batched = x.dim() == 3
+    x, y = _without_padding(x, row_lengths), _without_padding(y, col_lengths)
     cost = pairwise_cost(x if batched else x[None], y if batched else y[None], metric)
-    return sinkhorn(cost if batched else cost[0], eps, a, b, **options)
+    return _check_and_solve(
+        where,
+        "x",
+        x,
+        cost if batched else cost[0],
+        eps,
+        a,
+        b,
+        max_iter=max_iter,
+        tol=tol,
+        check_every=check_every,
+        row_lengths=row_lengths,
+        col_lengths=col_lengths,
+        init=init,
+        grad=grad,
+        return_plan=return_plan,
+    )
 
 
-def _prepare(
+def _check_and_solve(
     where: str,
+    source_name: str,
+    source: Tensor,
     cost: Tensor,
     eps: float | Tensor,
     a: Tensor | None,
     b: Tensor | None,
+    *,
     max_iter: int,
     tol: float | Tensor,
     check_every: int,
@@ -179,32 +219,45 @@ def _prepare(
     init: SinkhornOutput | tuple[Tensor | None, Tensor] | None,
     grad: str,
     return_plan: bool,
-) -> tuple[autograd.Problems, Tensor, Tensor | None, autograd.Settings]:
-    """Check every argument and bring it into the form the operators take."""
+) -> SinkhornOutput:
+    """Check what goes with the cost, bring it into the form the operators take, and solve.
+
+    Messages begin with the name `where` of the user's function, and call what the user gave `source_name`.
+    """
     batched = cost.dim() == 3
     costs = cost if batched else cost[None]
     batch, n, m = costs.shape
     if n == 0 or m == 0:
-        raise _checks.wrong_value(where, "cost", "at least 1 x 1", cost)
-    if cost.device.type != "cpu":
-        raise ValueError(f"{where}: `cost` must be on the CPU in this version, got one on {cost.device}")
+        raise _checks.wrong_value(where, source_name, "at least 1 x 1", cost)
     _checks.check_choice(where, "grad", grad, _checks.GRADIENT_MODES)
     if not isinstance(return_plan, bool):
         raise _checks.wrong_type(where, "return_plan", "True or False", return_plan)
     settings = autograd.Settings(
+        where,
         _checks.check_int(where, "max_iter", max_iter, 1),
         _checks.check_int(where, "check_every", check_every, 1),
         grad,
         return_plan,
     )
-    eps = _checks.per_problem(where, "eps", eps, batch, costs, positive=True)
-    tol = _checks.per_problem(where, "tol", tol, batch, costs, positive=False)
+    eps = _checks.per_problem(where, "eps", eps, batch, source_name, source, positive=True)
+    tol = _checks.per_problem(where, "tol", tol, batch, source_name, source, positive=False)
     if not batched:
         row_lengths, col_lengths = (_unsqueeze_scalar(x) for x in (row_lengths, col_lengths))
-    rows = _checks.lengths(where, "row_lengths", row_lengths, batch, n, costs)
-    cols = _checks.lengths(where, "col_lengths", col_lengths, batch, m, costs)
-    a, b = _weights(where, a, b, costs, batched, rows, cols)
-    return autograd.Problems(costs, eps, a, b, rows, cols), tol, _init_g(where, init, costs, batched), settings
+    rows = _checks.lengths(where, "row_lengths", row_lengths, batch, n, source_name, source)
+    cols = _checks.lengths(where, "col_lengths", col_lengths, batch, m, source_name, source)
+    a, b = _weights(where, source_name, a, b, costs, batched, rows, cols)
+    init_g = _init_g(where, source_name, init, costs, batched)
+    return _solve(autograd.Problems(costs, eps, a, b, rows, cols), tol, init_g, settings, batched)
+
+
+def _without_padding(points: Tensor, lengths: Any) -> Tensor:
+    """Zeros for the points past the lengths, which may hold anything. Lengths that do not fit are refused later."""
+    if not isinstance(lengths, Tensor) or lengths.is_complex():
+        return points
+    if lengths.shape != points.shape[:-2] or lengths.device != points.device:
+        return points
+    places = torch.arange(points.shape[-2], device=points.device)
+    return torch.where((places < lengths[..., None].to(torch.int64))[..., None], points, 0.0)
 
 
 def _unsqueeze_scalar(x: Any) -> Any:
@@ -213,6 +266,7 @@ def _unsqueeze_scalar(x: Any) -> Any:
 
 def _weights(
     where: str,
+    source_name: str,
     a: Tensor | None,
     b: Tensor | None,
     costs: Tensor,
@@ -226,9 +280,9 @@ def _weights(
         return None, None
     given: dict[str, tuple[Tensor, Tensor | None]] = {}
     if a is not None:
-        given["a"] = _checks.weights(where, "a", a, batch, n, batched, costs), rows
+        given["a"] = _checks.weights(where, "a", a, batch, n, batched, source_name, costs), rows
     if b is not None:
-        given["b"] = _checks.weights(where, "b", b, batch, m, batched, costs), cols
+        given["b"] = _checks.weights(where, "b", b, batch, m, batched, source_name, costs), cols
     _checks.check_weights_data(where, given)
     real = autograd.real_dtype(costs)
     full = {name: x.to(real) for name, (x, _) in given.items()}
@@ -250,7 +304,11 @@ def _uniform_like(other: Tensor, other_lengths: Tensor | None, size: int, length
 
 
 def _init_g(
-    where: str, init: SinkhornOutput | tuple[Tensor | None, Tensor] | None, costs: Tensor, batched: bool
+    where: str,
+    source_name: str,
+    init: SinkhornOutput | tuple[Tensor | None, Tensor] | None,
+    costs: Tensor,
+    batched: bool,
 ) -> Tensor | None:
     if init is None:
         return None
@@ -264,9 +322,10 @@ def _init_g(
     expected = f"(f, g) with g of shape {(batch, m) if batched else (m,)}"
     if not isinstance(g, Tensor) or not g.is_floating_point():
         raise _checks.wrong_type(where, "init", expected, g)
+    _checks.check_dense(where, "init", g)
     if g.shape != ((batch, m) if batched else (m,)):
         raise _checks.wrong_value(where, "init", expected, g)
-    _checks.check_device(where, "init", g, "cost", costs)
+    _checks.check_device(where, "init", g, source_name, costs)
     return g.detach().to(autograd.real_dtype(costs)).reshape(batch, m).contiguous()
 
 

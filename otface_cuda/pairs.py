@@ -17,6 +17,8 @@ from .costs import METRICS, cost_backward, cost_of_prepared, prepare_points
 from .functional import SinkhornOutput
 
 DEFAULT_CHUNK_BYTES = 32 * 2**20
+# Both point sets of a pair and their gradients; for the distances also centred copies and the two products of each.
+COPIES_OF_POINTS = {"cosine": 4, "sqeuclidean": 8, "euclidean": 8}
 
 
 def sinkhorn_pairs(
@@ -48,8 +50,8 @@ def sinkhorn_pairs(
         metric: as in :func:`otface_cuda.sinkhorn_points`.
         max_iter, tol, check_every, grad: as in :func:`otface_cuda.sinkhorn`.
         chunk_bytes: working memory at most, forward and backward, beyond arguments, results and the gradient of
-            ``features``: 4 p (4 d + 2 p) bytes a pair in float32, and 8 p max_iter more for ``grad="unrolled"``. At
-            least one pair is done at a time.
+            ``features``: 4 p (4 d + 2 p) bytes a pair in float32 (8 d for the two distances), and 8 p max_iter more
+            for ``grad="unrolled"``. At least one pair is done at a time.
 
     Returns:
         :class:`otface_cuda.SinkhornOutput` over the K pairs; ``plan`` is None. Gradients reach ``features``, a and b,
@@ -73,9 +75,11 @@ def sinkhorn_pairs(
     if pairs.dim() != 2 or pairs.shape[1] != 2:
         raise _checks.wrong_value(where, "pairs", "an integer tensor of shape (K, 2)", pairs)
     _checks.check_device(where, "pairs", pairs, "features", features)
-    if features.device.type != "cpu":
-        raise ValueError(f"{where}: `features` must be on the CPU in this version, got one on {features.device}")
-    count, points = pairs.shape[0], features.shape[0]
+    _checks.check_has_kernels(where, "features", features)
+    _checks.check_dense(where, "pairs", pairs)
+    count, points, pairs = pairs.shape[0], features.shape[0], pairs.to(torch.int64)
+    if count > 0 and points == 0:
+        raise ValueError(f"{where}: `pairs` must be empty where `features` are, got {int(pairs[0, 0])} in pair 0")
     if _checks.checks_data(pairs) and count > 0 and not ((pairs >= 0) & (pairs < points)).all():
         k, side = (int(index) for index in ((pairs < 0) | (pairs >= points)).nonzero()[0])
         raise ValueError(f"{where}: `pairs` must be between 0 and {points - 1}, got {int(pairs[k, side])} in pair {k}")
@@ -84,11 +88,11 @@ def sinkhorn_pairs(
     max_iter = _checks.check_int(where, "max_iter", max_iter, 1)
     check_every = _checks.check_int(where, "check_every", check_every, 1)
     chunk_bytes = _checks.check_int(where, "chunk_bytes", chunk_bytes, 1)
-    eps = _checks.per_problem(where, "eps", eps, count, features, positive=True)
-    tol = _checks.per_problem(where, "tol", tol, count, features, positive=False)
+    eps = _checks.per_problem(where, "eps", eps, count, "features", features, positive=True)
+    tol = _checks.per_problem(where, "tol", tol, count, "features", features, positive=False)
     a, b = _weights(where, a, b, count, features)
     prepared = prepare_points(features, metric)
-    arguments = (prepared, pairs.to(torch.int64), eps, a, b, tol, metric, max_iter, check_every, grad, chunk_bytes)
+    arguments = (prepared, pairs, eps, a, b, tol, metric, max_iter, check_every, grad, chunk_bytes)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (prepared, a, b)):
         outputs = _SinkhornPairs.apply(*arguments)
     else:
@@ -105,7 +109,7 @@ def _weights(
     given: dict[str, tuple[Tensor, Tensor | None]] = {}
     for name, x in (("a", a), ("b", b)):
         if x is not None:
-            _checks.weights(where, name, x, count, points, True, features)
+            _checks.weights(where, name, x, count, points, True, "features", features)
             given[name] = (x if x.dim() == 2 else x[None]), None
     _checks.check_weights_data(where, given)
     if not given:
@@ -193,9 +197,9 @@ def _chunks(
         yield _Chunk(rows, x, y, cost, autograd.Problems(cost, eps[rows], weights_a, weights_b, None, None))
 
 
-def _chunk_size(features: Tensor, max_iter: int, grad: str, chunk_bytes: int) -> int:
+def _chunk_size(features: Tensor, metric: str, max_iter: int, grad: str, chunk_bytes: int) -> int:
     _, p, d = features.shape
-    numbers = p * (4 * d + 2 * p) + (2 * p * max_iter if grad == "unrolled" else 0)
+    numbers = p * (COPIES_OF_POINTS[metric] * d + 2 * p) + (2 * p * max_iter if grad == "unrolled" else 0)
     return max(1, chunk_bytes // (numbers * features.element_size()))
 
 
@@ -217,8 +221,8 @@ def _forward(
     if pairs.shape[0] == 0:
         return out
     distinct = _distinct(pairs, eps, tol, features.shape[0], _one_per_pair(a, b))
-    size = _chunk_size(features, max_iter, grad, chunk_bytes)
-    settings = autograd.Settings(max_iter, check_every, grad, False)
+    size = _chunk_size(features, metric, max_iter, grad, chunk_bytes)
+    settings = autograd.Settings("sinkhorn_pairs", max_iter, check_every, grad, False)
     parts = []
     for chunk in _chunks(features, distinct, eps, a, b, metric, size):
         solution = autograd.solve(chunk.problems, tol[distinct.listed[chunk.rows]], None, settings, False)
@@ -263,8 +267,8 @@ def _backward(
             None if x is None else x.new_zeros(distinct.first.shape[0], *x.shape[1:]).index_add_(0, distinct.which, x)
             for x in (grad_value, grad_transport_cost, grad_f, grad_g)
         ]
-        size = _chunk_size(features, max_iter, grad, chunk_bytes)
-        settings = autograd.Settings(max_iter, check_every, grad, False)
+        size = _chunk_size(features, metric, max_iter, grad, chunk_bytes)
+        settings = autograd.Settings("sinkhorn_pairs", max_iter, check_every, grad, False)
         for chunk in _chunks(features, distinct, eps, a, b, metric, size):
             listed = distinct.listed[chunk.rows]
             if grad == "unrolled":  # its history is not kept: solve once more
