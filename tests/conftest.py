@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Before torch is loaded: threads that wait for one another at the end of a small operation shall sleep, not spin. With
+# other work on the machine the suite is ten times slower otherwise.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from hypothesis import settings
