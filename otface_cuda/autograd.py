@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 _ops = torch.ops.otface
 
@@ -132,6 +133,42 @@ def gradients(
     return None if grad_cost is None else grad_cost.to(p.cost.dtype), grad_a, grad_b
 
 
+def needs_graph(*inputs: Tensor | None) -> bool:
+    """Whether autograd has to see the call: else the operator is called directly."""
+    tensors = [x for x in inputs if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return True
+    # Forward mode is not supported; the Function says so, where a bare operator would drop the tangents.
+    return not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in tensors)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The identity on gradients, for a graph of them: a second derivative that reaches it is an error, not zero."""
+
+    @staticmethod
+    def forward(ctx, where: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+        ctx.where = where
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_: Any) -> Any:  # type: ignore[no-untyped-def]
+        raise RuntimeError(f"{ctx.where}: second derivatives are not computed, only first ones")
+
+
+def once_differentiable(
+    where: str, grads: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients, which depend on the inputs in a way that autograd must not take for a constant.
+
+    torch's own decorator notices this only where the incoming gradient has a graph.
+    """
+    given = [x for x in grads if x is not None]
+    if not torch.is_grad_enabled() or not given:
+        return grads
+    marked = iter(_OnceDifferentiable.apply(where, len(given), *given, *(x for x in inputs if x is not None)))
+    return tuple(None if x is None else next(marked) for x in grads)
+
+
 class Sinkhorn(torch.autograd.Function):
     """cost, a and b to value, transport_cost, f, g, plan, error, n_iter and converged."""
 
@@ -157,18 +194,19 @@ class Sinkhorn(torch.autograd.Function):
         return out[:8]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, value, transport_cost, f, g, plan, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         *problems, potentials, n_iter, history, rebuilt = ctx.saved_tensors
         incoming = OutputGradients(value, transport_cost, f, g, plan if ctx.settings.return_plan else None)
         check_differentiable(ctx.settings.where, ctx.settings.grad, incoming)
-        grad_cost, grad_a, grad_b = gradients(
-            Problems(*problems),
-            solution_for_backward(potentials, n_iter, history, rebuilt),
-            ctx.settings.grad,
-            incoming,
-            (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]),
-        )
+        with torch.no_grad():
+            grads = gradients(
+                Problems(*problems),
+                solution_for_backward(potentials, n_iter, history, rebuilt),
+                ctx.settings.grad,
+                incoming,
+                (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]),
+            )
+        grad_cost, grad_a, grad_b = once_differentiable(ctx.settings.where, grads, (*problems, *incoming))
         return grad_cost, None, grad_a, grad_b, None, None, None, None, None
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .autograd import once_differentiable
+
 METRICS = ("cosine", "sqeuclidean", "euclidean")
 
 
@@ -67,10 +69,11 @@ class PairwiseCost(torch.autograd.Function):
         return cost
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         x, y, cost = ctx.saved_tensors
-        return *cost_backward(grad, cost, x, y, ctx.metric), None
+        with torch.no_grad():
+            grads = cost_backward(grad, cost, x, y, ctx.metric)
+        return *once_differentiable("sinkhorn_points", grads, (x, y, grad)), None
 
 
 def pairwise_cost(x: Tensor, y: Tensor, metric: str) -> Tensor:

@@ -75,7 +75,7 @@ def sinkhorn(
             - ``"envelope"``: of ``value`` only: d/dC = P, d/da = f, d/db = g, the last two centred by their mean over
               the valid entries. Exact at convergence, and costs one exponential per entry.
             - ``"unrolled"``: the exact derivative of the iterations that were done, for ``value``, ``transport_cost``,
-              ``plan``, ``f`` and ``g``. Keeps (n + m) numbers per iteration.
+              ``plan``, ``f`` and ``g``. Keeps m + max(n, m) numbers per iteration, for ``max_iter`` of them.
             - ``"implicit"``: the derivative at the fixed point, for the same outputs, whatever the number of
               iterations. Solves an adjoint system by conjugate gradients in float64 to a relative residual of 1e-7
               (1e-11 for float64 costs) in at most 100 + 10 min(n, m) steps; where that fails, the gradients are NaN
@@ -251,13 +251,17 @@ def _check_and_solve(
 
 
 def _without_padding(points: Tensor, lengths: Any) -> Tensor:
-    """Zeros for the points past the lengths, which may hold anything. Lengths that do not fit are refused later."""
-    if not isinstance(lengths, Tensor) or lengths.is_complex():
+    """Copies of the first point for those past the lengths, which may hold anything and be anywhere.
+
+    Lengths that do not fit are refused later.
+    """
+    if not isinstance(lengths, Tensor) or lengths.is_complex() or lengths.device != points.device:
         return points
-    if lengths.shape != points.shape[:-2] or lengths.device != points.device:
+    if lengths.shape not in (points.shape[:-2], points.shape[:-2] or (1,)):
         return points
     places = torch.arange(points.shape[-2], device=points.device)
-    return torch.where((places < lengths[..., None].to(torch.int64))[..., None], points, 0.0)
+    valid = places < lengths.to(torch.int64).reshape(points.shape[:-2])[..., None]
+    return torch.where(valid[..., None], points, points[..., :1, :].detach())
 
 
 def _unsqueeze_scalar(x: Any) -> Any:
@@ -337,7 +341,7 @@ def _solve(
     batched: bool,
 ) -> SinkhornOutput:
     p = problems
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (p.cost, p.a, p.b)):
+    if autograd.needs_graph(p.cost, p.a, p.b):
         outputs = autograd.Sinkhorn.apply(*p, tol, init_g, settings)
     else:
         outputs = autograd.solve(p, tol, init_g, settings, want_history=False)[:8]

@@ -93,7 +93,7 @@ def sinkhorn_pairs(
     a, b = _weights(where, a, b, count, features)
     prepared = prepare_points(features, metric)
     arguments = (prepared, pairs, eps, a, b, tol, metric, max_iter, check_every, grad, chunk_bytes)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (prepared, a, b)):
+    if autograd.needs_graph(prepared, a, b):
         outputs = _SinkhornPairs.apply(*arguments)
     else:
         outputs = torch.ops.otface.sinkhorn_pairs_forward(*arguments)[:7]
@@ -134,16 +134,19 @@ class _SinkhornPairs(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, value, transport_cost, f, g, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         features, pairs, eps, a, b, tol, potentials, n_iter = ctx.saved_tensors
         incoming = autograd.OutputGradients(value, transport_cost, f, g, None)
         autograd.check_differentiable("sinkhorn_pairs", ctx.settings[3], incoming)
         wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4])
-        out = torch.ops.otface.sinkhorn_pairs_backward(
-            features, pairs, eps, a, b, tol, *ctx.settings, potentials, n_iter, *incoming[:4], *wanted
+        with torch.no_grad():
+            out = torch.ops.otface.sinkhorn_pairs_backward(
+                features, pairs, eps, a, b, tol, *ctx.settings, potentials, n_iter, *incoming[:4], *wanted
+            )
+        grads = tuple(x if want else None for x, want in zip(out, wanted, strict=True))
+        grad_features, grad_a, grad_b = autograd.once_differentiable(
+            "sinkhorn_pairs", grads, (features, a, b, *incoming)
         )
-        grad_features, grad_a, grad_b = (x if want else None for x, want in zip(out, wanted, strict=True))
         return grad_features, None, None, grad_a, grad_b, None, *(None for _ in ctx.settings)
 
 
