@@ -117,9 +117,8 @@ def gradients(
             *p, solution.potentials, solution.n_iter, solution.history, solution.rebuilt, *incoming, *wanted
         )
     else:
-        steps = 100 + 10 * min(p.cost.shape[1], p.cost.shape[2])
         *out, solved = _ops.sinkhorn_implicit_backward(
-            *p, solution.potentials, *incoming, IMPLICIT_TOLERANCE[real_dtype(p.cost)], steps, *wanted
+            *p, solution.potentials, *incoming, IMPLICIT_TOLERANCE[real_dtype(p.cost)], *wanted
         )
         if not torch.compiler.is_compiling() and solved.device.type == "cpu" and not solved.all():
             warnings.warn(

@@ -93,6 +93,8 @@ class ImplicitGradient {
   }
 
  private:
+  static constexpr double singular = 1e-13;
+
   // grad_f_ = F / rho with F = (f outputs) - a * (E X); column_sums_ = E^T (F / rho). The share of `a` is -eps * (E X).
   void sweep_to_f(bool add_to_a) {
     matrix_.sweep(X_, column_sums_, [&](int64_t i, Four<double> y) {
@@ -137,9 +139,13 @@ class ImplicitGradient {
     for (int64_t step = 0; step < max_iter; ++step) {
       if (rho <= bound) return true;
       apply(direction_, X_);
-      double curvature = 0;
-      for (int64_t j = 0; j < p.padded_cols; ++j) curvature += direction_[j] * X_[j];
-      if (!(curvature > 0)) return false;
+      double curvature = 0, length_squared = 0;
+      for (int64_t j = 0; j < p.padded_cols; ++j) {
+        curvature += direction_[j] * X_[j];
+        length_squared += direction_[j] * direction_[j] * p.b[j] * sigma_[j];
+      }
+      // Along a direction in which S is zero to rounding, as between blocks that exchange no mass, nothing can be solved.
+      if (!(curvature > singular * length_squared)) return false;
       const double length = rho / curvature;
       for (int64_t j = 0; j < p.padded_cols; ++j) {
         x_[j] += length * direction_[j];

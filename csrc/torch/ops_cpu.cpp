@@ -66,14 +66,14 @@ FourTensors sinkhorn_implicit_backward(Tensor cost, Tensor eps, OptionalTensor a
                                        OptionalTensor row_lengths, OptionalTensor col_lengths, Tensor potentials,
                                        OptionalTensor grad_value, OptionalTensor grad_transport_cost,
                                        OptionalTensor grad_f, OptionalTensor grad_g, OptionalTensor grad_plan,
-                                       double tol, int64_t max_iter, bool want_cost, bool want_a, bool want_b) {
+                                       double tol, bool want_cost, bool want_a, bool want_b) {
   const sinkhorn::Problems problems = problems_of(cost, eps, a, b, row_lengths, col_lengths);
   const Gradients out(cost, want_cost, want_a, want_b);
   const IncomingGradients in{grad_value, grad_transport_cost, grad_f, grad_g, grad_plan};
   const Tensor converged = make(cost, true, ScalarType::Bool, {problems.batch});
   sinkhorn::BackwardParams params = backward_params(problems, cost, potentials, in, want_cost, want_a, want_b, out);
   params.tol = tol;
-  params.max_iter = max_iter;
+  params.max_iter = 100 + 10 * (problems.n < problems.m ? problems.n : problems.m);
   params.converged = static_cast<bool*>(data(converged));
   sinkhorn::implicit_backward_cpu(params, torch_threads());
   return {out.cost, out.a, out.b, converged};
