@@ -149,7 +149,8 @@ def sinkhorn_points(
         eps: strength of the entropy, in units of the cost; a float or (B,).
         a, b: weights, as in :func:`sinkhorn`.
         metric: ``"cosine"``: 1 - cos(x_i, y_j), where a zero vector has cosine 0; ``"sqeuclidean"``: \|x_i - y_j\|^2;
-            ``"euclidean"``: \|x_i - y_j\|, with gradient 0 where the points coincide.
+            ``"euclidean"``: \|x_i - y_j\|, with gradient 0 where the points coincide. The two distances come from a
+            matrix product, to the rounding of \|x\|^2 about the mean point.
         max_iter, tol, check_every, row_lengths, col_lengths, init, grad, return_plan: as in :func:`sinkhorn`.
 
     Returns:

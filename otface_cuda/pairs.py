@@ -226,12 +226,14 @@ def _forward(
     distinct = _distinct(pairs, eps, tol, features.shape[0], _one_per_pair(a, b))
     size = _chunk_size(features, metric, max_iter, grad, chunk_bytes)
     settings = autograd.Settings("sinkhorn_pairs", max_iter, check_every, grad, False)
-    parts = []
     for chunk in _chunks(features, distinct, eps, a, b, metric, size):
-        solution = autograd.solve(chunk.problems, tol[distinct.listed[chunk.rows]], None, settings, False)
-        parts.append((*solution[:4], *solution[5:9]))
-    for result, *pieces in zip(out, *parts, strict=True):
-        torch.index_select(torch.cat(pieces), 0, distinct.which, out=result)
+        listed = distinct.listed[chunk.rows]
+        solution = autograd.solve(chunk.problems, tol[listed], None, settings, False)
+        for result, part in zip(out, (*solution[:4], *solution[5:9]), strict=True):
+            result[listed] = part
+    if distinct.listed.shape[0] < pairs.shape[0]:
+        for result in out:  # what is listed again
+            result.copy_(result[distinct.listed[distinct.which]])
     return out
 
 
