@@ -765,8 +765,8 @@ class TestValuesThatNobodyChecks:
         assert not out.converged[1]
         # The chunk that holds the bad pair is longer by one, which torch's matrix products may notice by a rounding.
         torch.testing.assert_close(out.value[::2], clean.value, rtol=0, atol=1e-6)
-        torch.testing.assert_close(gradient[1:5], clean_gradient[1:5], rtol=0, atol=1e-5)
-        assert gradient[5].isnan().any() or torch.equal(gradient[5], torch.zeros_like(gradient[5]))
+        # A pair that does not exist has no part in the gradient of a feature.
+        torch.testing.assert_close(gradient, clean_gradient, rtol=0, atol=1e-5)
 
 
 # Inputs are never modified
