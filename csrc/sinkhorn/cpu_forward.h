@@ -261,11 +261,22 @@ class ForwardSolver {
   Buffer<T> rows_;
 };
 
+// Sends for the cost of a problem that is soon to be read, if it is small: the processor does not foresee the next matrix.
+inline void prefetch_cost(const Problems& problems, int64_t index) {
+  const CostView& cost = problems.cost;
+  const int64_t size = cost.dtype == DType::float64 ? 8 : cost.dtype == DType::float32 ? 4 : 2;
+  const int64_t bytes = problems.n * problems.m * size;
+  if (index >= problems.batch || bytes > (1 << 16) || cost.row_stride != problems.m || cost.col_stride != 1) return;
+  const char* data = static_cast<const char*>(cost.data) + index * cost.batch_stride * size;
+  for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(data + k, 0, 2);
+}
+
 template <class T>
 void forward(const ForwardParams& params, const Executor& executor) {
   for_each_worker<T>(params.problems, executor, [&](Executor inner, const auto& next) {
     ForwardSolver<T> solver;
     for (int64_t index = next(); index >= 0; index = next()) {
+      prefetch_cost(params.problems, index + executor.threads);  // probably the next one of this thread
       if (!solver.start(params, index, &inner)) continue;
       while (solver.step()) continue;
       solver.finish();
