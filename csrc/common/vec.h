@@ -122,6 +122,11 @@ OTFACE_INLINE Four<double> reduce_lanes(Op op, Vec<double> a, Vec<double> b, Vec
 #endif
 }
 
+template <class T>
+OTFACE_INLINE Four<double> widen(Four<T> v) {
+  return __builtin_convertvector(v, Four<double>);
+}
+
 // {sum of the lanes of a, of b, of c, of d}
 template <class V>
 OTFACE_INLINE auto sum_lanes(V a, V b, V c, V d) {

@@ -150,28 +150,32 @@ class ForwardSolver {
         int64_t stride;
         const T* c = p.cost.read_four(i, matrix_.needs_padding(), buffer, stride);
         const T* k = matrix_.main() + i * ld;
-        V mass_v[4] = {}, cost_v[4] = {};
-        for (int64_t j = 0; j < ld; j += lanes<T>) {
-          const V x_v = load<V>(x + j);
-          for (int q = 0; q < 4; ++q) {
-            const V entry = load<V>(k + q * ld + j) * x_v;
-            mass_v[q] += entry;
-            cost_v[q] +=
-                entry * vmin(load<V>(c + q * stride + j), largest);  // a forbidden pair: 0 times a finite number
+        Four<double> mass{}, cost_sum{};
+        for (int64_t first = 0; first < ld; first += longest_chain) {
+          const int64_t past = first + longest_chain < ld ? first + longest_chain : ld;
+          V mass_v[4] = {}, cost_v[4] = {};
+          for (int64_t j = first; j < past; j += lanes<T>) {
+            const V x_v = load<V>(x + j);
+            for (int q = 0; q < 4; ++q) {
+              const V entry = load<V>(k + q * ld + j) * x_v;
+              mass_v[q] += entry;
+              cost_v[q] +=
+                  entry * vmin(load<V>(c + q * stride + j), largest);  // a forbidden pair: 0 times a finite number
+            }
           }
+          mass += widen<T>(sum_lanes(mass_v[0], mass_v[1], mass_v[2], mass_v[3]));
+          cost_sum += widen<T>(sum_lanes(cost_v[0], cost_v[1], cost_v[2], cost_v[3]));
         }
-        Four<T> mass = sum_lanes(mass_v[0], mass_v[1], mass_v[2], mass_v[3]);
-        Four<T> cost_sum = sum_lanes(cost_v[0], cost_v[1], cost_v[2], cost_v[3]);
         for (int64_t s = 0; s < strips; ++s) {
           const Four<T> costs = matrix_.column_of_four(c + ld + s, stride);
           const Four<T> entry = load<Four<T>>(matrix_.strip(s) + i) * x[ld + s];
-          mass += entry;
-          cost_sum += entry * vmin(costs, Four<T>{} + largest[0]);
+          mass += widen<T>(entry);
+          cost_sum += widen<T>(entry * vmin(costs, Four<T>{} + largest[0]));
         }
         for (int q = 0; q < 4; ++q) {
           const double a = static_cast<double>(p.a[i + q]), scale = a / static_cast<double>(r[i + q]);
-          violation += __builtin_fabs(scale * static_cast<double>(mass[q]) - a);
-          cost += scale * static_cast<double>(cost_sum[q]);
+          violation += __builtin_fabs(scale * mass[q] - a);
+          cost += scale * cost_sum[q];
         }
         if (plan != nullptr)
           for (int64_t q = 0; q < 4 && i + q < p.rows; ++q)

@@ -73,6 +73,9 @@ bool has_nan_or_minus_infinity(const T* c, int64_t count) {
   return any(~fine);
 }
 
+// Long rows are summed in stretches of so many columns, so that the rounding of one long chain does not add up.
+constexpr int64_t longest_chain = 2048;
+
 // potentials_i = base_i - eps * log sum_i; count is a multiple of the lanes of T.
 template <class T>
 void subtract_eps_log(const double* base, double eps, const T* sum, int64_t count, double* potentials) {
@@ -107,19 +110,24 @@ OTFACE_INLINE void sweep_rows(const T* K, int64_t ld, int64_t begin, int64_t end
     for (int64_t j = 0; j < ld; j += W) store(s + j, V{});
     for (int64_t i = begin; i < end; i += 4) {
       const T* row = K + i * ld;
-      V y[4] = {}, z[4] = {};  // even and odd vectors apart: two chains of multiply-adds per row
-      int64_t j = 0;
-      for (; j + 2 * W <= ld; j += 2 * W) {
-        const V x0 = load<V>(x + j), x1 = load<V>(x + j + W);
-        for (int q = 0; q < 4; ++q) {
-          y[q] += load<V>(row + q * ld + j) * x0;
-          z[q] += load<V>(row + q * ld + j + W) * x1;
+      Four<T> total{};
+      for (int64_t first = 0; first < ld; first += longest_chain) {
+        const int64_t past = first + longest_chain < ld ? first + longest_chain : ld;
+        V y[4] = {}, z[4] = {};  // even and odd vectors apart: two chains of multiply-adds per row
+        int64_t j = first;
+        for (; j + 2 * W <= past; j += 2 * W) {
+          const V x0 = load<V>(x + j), x1 = load<V>(x + j + W);
+          for (int q = 0; q < 4; ++q) {
+            y[q] += load<V>(row + q * ld + j) * x0;
+            z[q] += load<V>(row + q * ld + j + W) * x1;
+          }
         }
+        if (j < past)
+          for (int q = 0; q < 4; ++q) y[q] += load<V>(row + q * ld + j) * load<V>(x + j);
+        total += sum_lanes(y[0] + z[0], y[1] + z[1], y[2] + z[2], y[3] + z[3]);
       }
-      if (j < ld)
-        for (int q = 0; q < 4; ++q) y[q] += load<V>(row + q * ld + j) * load<V>(x + j);
-      const Four<T> w = weigh(i, sum_lanes(y[0] + z[0], y[1] + z[1], y[2] + z[2], y[3] + z[3]));
-      for (j = 0; j < ld; j += W) {
+      const Four<T> w = weigh(i, total);
+      for (int64_t j = 0; j < ld; j += W) {
         V part = load<V>(row + j) * w[0];
         for (int q = 1; q < 4; ++q) part += load<V>(row + q * ld + j) * w[q];
         store(s + j, load<V>(s + j) + part);
