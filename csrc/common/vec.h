@@ -183,7 +183,7 @@ OTFACE_INLINE Vec<float> vexp2(Vec<float> x) {
   p = p * f + 2.4022647738456726e-1f;
   p = p * f + 6.931471824645996e-1f;
   p = p * f + 1.0f;
-  I integer, bits;
+  VecType<uint32_t>::type integer, bits;  // unsigned: where the result is cut to 0, the sum may wrap around
   std::memcpy(&integer, &shifted, sizeof(integer));
   std::memcpy(&bits, &p, sizeof(bits));
   bits += integer << 23;  // what else is in `shifted` is shifted out
@@ -212,7 +212,7 @@ OTFACE_INLINE Vec<double> vexp2(Vec<double> x) {
   p = p * r + 1.6666666666666666667e-1;
   p = p * r + 0.5;
   p = (p * r) * r + (r + 1.0);
-  I integer, bits;
+  VecType<uint64_t>::type integer, bits;
   std::memcpy(&integer, &shifted, sizeof(integer));
   std::memcpy(&bits, &p, sizeof(bits));
   bits += integer << 52;
