@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 NEW_ENOUGH := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(firstword $(foreach python,python3 python3.13 python3.12 python3.11 python3.10,\
 	$(shell $(python) -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && echo $(python))))
-SOURCES := setup.py pyproject.toml tools/toolchain.py $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml tools/toolchain.py tools/nvcc_report.py $(shell find csrc -type f)
 
 MAKEFLAGS += --no-print-directory
 .NOTPARALLEL:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import sysconfig
 from pathlib import Path
@@ -35,12 +36,18 @@ def decide() -> toolchain.Decision:
     return toolchain.decide(os.environ.get("OTFACE_CUDA", ""), torch.__version__, torch.version.cuda, toolkits)
 
 
+def reporting_nvcc(toolkit: toolchain.Toolkit) -> str:
+    """The command torch starts as nvcc. PYTORCH_NVCC may name another one before it, such as ccache and nvcc."""
+    nvcc = os.environ.get("PYTORCH_NVCC", shlex.quote(str(toolkit.root / "bin" / "nvcc")))
+    return shlex.join([sys.executable, str(ROOT / "tools" / "nvcc_report.py")]) + " " + nvcc
+
+
 def extension(decision: toolchain.Decision) -> Extension:
     groups = json.loads((ROOT / "csrc" / "sources.json").read_text())
     sources = groups["kernels_cpu"] + groups["torch"]
     both = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     host = ["-Wall", "-Wextra", "-Wno-psabi", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"]
-    nvcc = []
+    nvcc = ["--expt-relaxed-constexpr"]  # device code may call constexpr functions of the standard library
     if os.environ.get("OTFACE_WERROR") == "1":
         host += ["-Werror"]
         nvcc += ["-Werror=all-warnings"]
@@ -48,6 +55,7 @@ def extension(decision: toolchain.Decision) -> Extension:
         sources += groups["kernels_cuda"] + groups["torch_cuda"]
         both += ["-DUSE_CUDA", "-DOTFACE_WITH_CUDA"]
         cpp_extension.CUDA_HOME = str(decision.toolkit.root)  # torch's own guess is wrong where nvcc is a script
+        os.environ["PYTORCH_NVCC"] = reporting_nvcc(decision.toolkit)
         if not torch.cuda.is_available():
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", toolchain.DEFAULT_ARCHITECTURES)
     cxx = [f"-isystem{path}" for path in cpp_extension.include_paths()]  # no warnings about torch's headers
@@ -73,8 +81,9 @@ DECISION = decide()
 class Build(cpp_extension.BuildExtension):
     def finalize_options(self) -> None:
         super().finalize_options()
-        # One lasting folder per torch, so that ninja compiles what changed. An editable install would use a new one.
-        self.build_temp = str(ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}")
+        self.build_temp = str(
+            ROOT / toolchain.build_folder(torch.__version__)
+        )  # an editable install would use a new one
 
     def run(self) -> None:
         print(f"otface_cuda: compiling for {DECISION}", file=sys.stderr)

@@ -1,12 +1,16 @@
 """The decisions and the error sentences of the build, asked about machines made of temporary folders."""
 
+import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import kernel_resources
+import nvcc_report
 import pytest
 import toolchain
 from toolchain import BuildError, Toolkit
@@ -216,3 +220,93 @@ def test_kernels_do_not_include_torch():
     for path in (ROOT / "csrc").rglob("*.*"):
         if "torch" not in path.relative_to(ROOT / "csrc").parts:
             assert not including.search(path.read_text()), path
+
+
+# What ptxas says of the kernels
+
+# Printed by CUDA 13.0: a kernel that spills, and one with a function that was not inlined.
+PTXAS = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN6otface12register_fwdINS_6MatrixILi100EfEEEEvPKfPf' for 'sm_80'
+ptxas info    : Function properties for _ZN6otface12register_fwdINS_6MatrixILi100EfEEEEvPKfPf
+    672 bytes stack frame, 2556 bytes spill stores, 2852 bytes spill loads
+ptxas info    : Used 32 registers, used 1 barriers, 672 bytes cumulative stack size, 368 bytes cmem[0]
+ptxas info    : Compile time = 170.744 ms
+ptxas info    : Compiling entry function '_ZN6otface10stream_fwdEPf' for 'sm_90'
+ptxas info    : Function properties for _ZN6otface10stream_fwdEPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 12 registers, used 1 barriers, 128 bytes smem
+ptxas info    : Compile time = 1.847 ms
+ptxas info    : Function properties for _ZN6otface4slowIfEET_S2_
+    16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+"""
+SPILLING, CLEAN = kernel_resources.parse(PTXAS)
+
+
+def nvcc_that_says(folder: Path, status: int = 0) -> str:
+    said = folder / "said"
+    said.write_text(PTXAS + "x.cu(3): warning #177-D: variable was never referenced\n")
+    return str(executable(folder / "nvcc", f"cat '{said}' >&2", f"echo \"$@\" >> '{folder}/asked'", f"exit {status}"))
+
+
+def test_parse_the_report_of_ptxas():
+    assert (SPILLING.architecture, SPILLING.registers, SPILLING.shared) == ("sm_80", 32, 0)
+    assert (SPILLING.stack, SPILLING.spill_stores, SPILLING.spill_loads) == (672, 2556, 2852)
+    assert kernel_resources.Kernel("_ZN6otface10stream_fwdEPf", "sm_90", 12, 0, 0, 0, 128) == CLEAN
+
+
+def test_a_kernel_that_must_stay_in_registers():
+    framed = dataclasses.replace(CLEAN, stack=16)
+    assert kernel_resources.failures([SPILLING, CLEAN], "stream") == []
+    assert kernel_resources.failures([SPILLING, CLEAN], "no_such") == [
+        "no kernel's name matches 'no_such', so nothing was checked."
+    ]
+    (spills,) = kernel_resources.failures([SPILLING, CLEAN], "register_|stream_")
+    assert spills.endswith("must stay in registers, but it spills registers (2556 bytes stored, 2852 bytes loaded).")
+    (frame,) = kernel_resources.failures([framed], "stream_")
+    assert frame.endswith("must stay in registers, but it has a stack frame of 16 bytes.")
+
+
+def test_names_are_for_people(monkeypatch):
+    assert (
+        kernel_resources.short("void otface::(anonymous namespace)::fwd<otface::Matrix<7, (int)13>, float>(P, int)")
+        == "fwd<Matrix<7, (int)13>, float>"
+    )
+    lines = kernel_resources.table([SPILLING, CLEAN]).splitlines()
+    assert lines[0].split() == ["arch", "registers", "spill", "stores", "spill", "loads", "stack", "shared", "kernel"]
+    if shutil.which("c++filt"):
+        assert lines[1].split()[:6] == ["sm_80", "32", "2556", "2852", "672", "0"]
+        assert lines[1].endswith("  register_fwd<Matrix<100, float>>")
+    monkeypatch.setenv("PATH", "")
+    assert lines[1].index("32") == kernel_resources.table([SPILLING]).splitlines()[1].index("32")
+    assert "_ZN6otface12register_fwd" in kernel_resources.table([SPILLING])
+
+
+def test_nvcc_report_is_a_file_beside_the_object(tmp_path, capfd):
+    (tmp_path / "csrc" / "common").mkdir(parents=True)
+    made = tmp_path / "csrc" / "common" / "x.o"
+    assert nvcc_report.main([nvcc_that_says(tmp_path), "-c", "x.cu", "-o", str(made)]) == 0
+    assert capfd.readouterr().err == "x.cu(3): warning #177-D: variable was never referenced\n"
+    assert (tmp_path / "asked").read_text() == f"-c x.cu -o {made} --resource-usage\n"
+    assert kernel_resources.read(tmp_path, ["common/x.cu"]) == [SPILLING, CLEAN]
+    with pytest.raises(SystemExit, match=r"holds no report on common/y\.cu; build with CUDA first"):
+        kernel_resources.read(tmp_path, ["common/y.cu"])
+
+
+def test_nvcc_that_fails_leaves_no_report(tmp_path):
+    assert nvcc_report.main([nvcc_that_says(tmp_path, 2), "-c", "x.cu", "-o", str(tmp_path / "x.o")]) == 2
+    assert not (tmp_path / "x.o.ptxas").exists()
+
+
+def test_a_spill_ends_with_status_1_and_a_sentence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "sources.json").write_text('{"kernels_cpu": ["a.cpp"], "kernels_cuda": ["b.cu"]}')
+    (tmp_path / "csrc" / "b.o.ptxas").write_text(PTXAS)
+    monkeypatch.setattr(kernel_resources, "ROOT", tmp_path)
+    assert kernel_resources.main([str(tmp_path)]) == 0
+    assert kernel_resources.main([str(tmp_path), "--registers-only", "stream_"]) == 0
+    assert kernel_resources.main([str(tmp_path), "--registers-only", "register_"]) == 1
+    said = capsys.readouterr()
+    assert said.out.count("stream_fwd") == 3
+    assert said.err.startswith("kernel_resources: ")
+    assert said.err.count("\n") == 1

@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,11 @@ def cudart_library(root: Path) -> str:
         return "cudart"
     numbered = [path.name for folder in folders for path in folder.glob("libcudart.so.*")]
     return f":{numbered[0]}" if numbered else "cudart"
+
+
+def build_folder(torch_version: str) -> str:
+    """Where objects are kept: one lasting folder per Python and torch, so that ninja compiles what changed."""
+    return f"build/{sys.implementation.cache_tag}-torch{torch_version}"
 
 
 def check_torch(version: str) -> None:
