@@ -13,11 +13,15 @@ SOURCES := setup.py pyproject.toml tools/toolchain.py tools/nvcc_report.py $(she
 
 MAKEFLAGS += --no-print-directory
 .NOTPARALLEL:
-.PHONY: test bench lint clean FORCE
+.PHONY: test kernels bench lint clean FORCE
 
 test: export OTFACE_WERROR = 1
 test: $(VENV)/test
 	$(BIN)/python -m pytest $(ARGS)
+
+# A kernel of the register tier has this class among its template arguments.
+kernels: $(VENV)/compiled
+	$(BIN)/python tools/kernel_resources.py --registers-only 'RegisterMatrix<'
 
 bench: $(VENV)/bench
 	$(BIN)/python benchmarks/bench_sinkhorn.py $(ARGS)
