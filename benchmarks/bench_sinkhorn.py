@@ -3,6 +3,7 @@
     python benchmarks/bench_sinkhorn.py                              # the CPU rows, under two minutes on 2 cores
     python benchmarks/bench_sinkhorn.py --faces lfw112.tar           # the 49x49 costs come from real faces
     python benchmarks/bench_sinkhorn.py --json out.json --plot out.png
+    python benchmarks/bench_sinkhorn.py --device cuda                # the rows for a GPU
 
 How a figure comes about: problems.py makes the inputs and the float64 answers, peers.py runs each library, measure.py
 takes times and memory, roofline.py measures what the machine can do. A time is the median over repetitions, quartiles
@@ -21,6 +22,7 @@ import platform
 import subprocess
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,6 +33,7 @@ import measure
 import roofline
 import torch
 from peers import OURS, PEERS, Peer
+from plot import draw, machine
 from problems import (
     ROWS,
     Answer,
@@ -60,9 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.plot:
-        import plot
-
-        plot.draw(result, options.plot)
+        draw(result, options.plot)
     return 0
 
 
@@ -182,18 +183,28 @@ def run_row(problem: Problem, peers: list[Peer], clock: measure.Clock, least: in
         if why := peer.cannot(row, problem.x.device.type):
             entry["cannot"] = why
             continue
-        call = peer.prepare(problem)
-        entry |= describe(peer, problem, call(), exact)
-        timed.append((peer.name, measure.Contender(call, wall=peer.own_streams)))
+        try:
+            call = peer.prepare(problem)
+            entry |= describe(peer, problem, call(), exact)
+        except Exception as error:  # out of memory, a compiler that is missing: the others can still be measured
+            traceback.print_exc()
+            entry["cannot"] = f"fails in this row: {type(error).__name__}"
+            continue
         if peer.own_schedule:
             entry["ours_iterations"] = iterations_to_reach(problem.head(ERROR_PROBLEMS), entry["error"])
-            call = OURS.prepare_points(problem, entry["ours_iterations"])
-            call()
-            timed.append((f"ours at the error of {peer.name}", measure.Contender(call)))
+            if entry["ours_iterations"] is None:
+                entry["cannot"] = f"ours does not reach its marginal error, {entry['error']:.1e}"
+                continue
+            ours_at_error = OURS.prepare_points(problem, entry["ours_iterations"])
+            ours_at_error()
+            timed.append((f"ours at the error of {peer.name}", measure.Contender(ours_at_error)))
+        timed.append((peer.name, measure.Contender(call, wall=peer.own_streams)))
 
     (_, ours_timed), *others = timed
     with measure.OtherPrograms() as other_programs:
         measure.interleave(ours_timed, [c for _, c in others], clock, budget, least)
+    if clock.device == "cuda":
+        entries[0]["wall_seconds"] = summary([clock.time(ours, wall=True) for _ in range(least)])
     samples = {name: contender.samples for name, contender in timed}
     for entry in entries:
         if entry["name"] not in samples:
@@ -225,8 +236,11 @@ def describe(peer: Peer, problem: Problem, result: Any, exact: Answer | None) ->
     return entry
 
 
-def iterations_to_reach(problem: Problem, error: float, most: int = 20_000) -> int:
-    """The fewest iterations after which ours has at most this marginal error: doubling, then bisection."""
+def iterations_to_reach(problem: Problem, error: float, most: int = 20_000) -> int | None:
+    """The fewest iterations after which ours has at most this marginal error: doubling, then bisection.
+
+    None if it is not reached.
+    """
 
     def reached(iterations: int) -> bool:
         out = OURS.prepare_points(problem, iterations)()
@@ -235,7 +249,7 @@ def iterations_to_reach(problem: Problem, error: float, most: int = 20_000) -> i
     high = 1
     while not reached(high):
         if high >= most:
-            raise RuntimeError(f"bench_sinkhorn: a marginal error of {error:.1e} is not reached in {high} iterations")
+            return None
         high *= 2
     low = high // 2
     while high - low > 1:
@@ -310,11 +324,24 @@ def provenance(device: str, peers: list[Peer]) -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name(0) if device == "cuda" else cpu_model(),
         "cpu": cpu_model(),
         "threads": torch.get_num_threads(),
+        **({"gpu": gpu()} if device == "cuda" else {}),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "info": {key: value for key, value in info.items() if not holds_path(value)},
         "absent": [p.name for p in PEERS.values() if device in p.devices and p not in peers],
         "memory_resolution_bytes": measure.MEMORY_RESOLUTION if device == "cpu" else 512,
+    }
+
+
+def gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "shared_bytes_per_block": properties.shared_memory_per_block_optin,
+        "capability": list(torch.cuda.get_device_capability(0)),
+        "cuda": torch.version.cuda,
     }
 
 
@@ -376,7 +403,9 @@ def table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         others = row["other_programs_cpus"] or 0
         disturbed = f"; DISTURBED: other programs used {others:.1f} CPUs" if others > DISTURBED else ""
-        lines.append(f"{row['title']}; {row['input']}{disturbed}")
+        wall = row["ours"].get("wall_seconds")
+        alone = f"; ours made and waited for alone: {milliseconds(wall['median'])} ms" if wall else ""
+        lines.append(f"{row['title']}; {row['input']}{alone}{disturbed}")
         for entry in (row["ours"], *row["peers"]):
             lines.append(table_line(entry, row, mark))
     widths = [max(len(line[i]) for line in lines if isinstance(line, list)) for i in range(len(COLUMNS))]
@@ -419,7 +448,7 @@ def table_line(entry: dict[str, Any], row: dict[str, Any], mark: Callable[[str],
 
 def heading(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['device_name']}, {result['threads']} threads, {result['info']['cpu_isa']}, torch {result['torch']}, "
+        f"{processor(result)}, torch {result['torch']}, "
         f"otface_cuda {result['info'].get('version', '')} at {(result['commit'] or 'no commit')[:10]}"
         f"{' with changes' if result['dirty'] else ''}"
     ]
@@ -441,8 +470,13 @@ def heading(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def processor(result: dict[str, Any]) -> str:
+    """The machine, and for a CPU its instruction set."""
+    return machine(result) + ("" if "gpu" in result else f", {result['info']['cpu_isa']}")
+
+
 def footnotes(result: dict[str, Any], notes: dict[str, int]) -> list[str]:
-    cold = "; CUDA events, cold L2" if result["device"] == "cuda" else ""
+    cold = "; device events, cold L2, the host ahead of the GPU" if result["device"] == "cuda" else ""
     lines = [
         f"ratio: the peer's median over ours, timed in turn{cold}.",
         "error: |P 1 - a|_1 + |P^T 1 - b|_1, the mean over the problems.",

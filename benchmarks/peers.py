@@ -356,9 +356,10 @@ class FlashSinkhorn(Peer):
     package = "flash-sinkhorn"
     devices = ("cuda",)
     own_schedule = True
+    tf32 = True
     note = (
-        "SamplesLoss(backend='alternating', half_cost=True), TF32 products, its default; it loops over the batch; "
-        "ours: as many iterations from the same points as reach its marginal error"
+        "SamplesLoss(backend='alternating', half_cost=True), its default otherwise: points rounded to TF32; it loops "
+        "over the batch; ours: as many iterations from the same points as reach its marginal error"
     )
 
     def cannot(self, row: Row, device: str) -> str:
@@ -377,6 +378,7 @@ class FlashSinkhorn(Peer):
             eps=row.eps,
             n_iters=row.iterations,
             half_cost=True,
+            allow_tf32=self.tf32,
             debias=False,
             potentials=potentials,
         )
@@ -392,8 +394,24 @@ class FlashSinkhorn(Peer):
             return self._loss(part.row, potentials=True)(part.x, part.y)
 
 
+class FlashSinkhornFp32(FlashSinkhorn):
+    name = "flash-sinkhorn-fp32"
+    label = "flash-sinkhorn fp32"
+    tf32 = False
+    note = "as flash-sinkhorn, but with allow_tf32=False"
+
+
 OURS = Ours()
 PEERS: dict[str, Peer] = {
     peer.name: peer
-    for peer in (PotBatch(), TorchLoop(), TorchScaling(), OttJax(), GeomLoss(), PotLoop(), FlashSinkhorn())
+    for peer in (
+        PotBatch(),
+        TorchLoop(),
+        TorchScaling(),
+        OttJax(),
+        GeomLoss(),
+        PotLoop(),
+        FlashSinkhorn(),
+        FlashSinkhornFp32(),
+    )
 }

@@ -19,6 +19,7 @@ STYLES = {
     "geomloss": ("#56B4E9", "v"),
     "pot-loop": ("#000000", "P"),
     "flash-sinkhorn": ("#D55E00", "X"),
+    "flash-sinkhorn-fp32": ("#999999", "*"),
 }
 OURS_COLOUR = "#D55E00"
 
@@ -70,10 +71,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
         right.set_xlabel("% of the limit")
         right.tick_params(axis="y", length=0)
         figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-        machine = f"{result['device_name']}, {result['threads']} threads, torch {result['torch']}"
-        figure.supxlabel(machine, fontsize=8, color="0.4")
+        figure.supxlabel(f"{machine(result)}, torch {result['torch']}", fontsize=8, color="0.4")
         figure.savefig(path, dpi=200)
         plt.close(figure)
+
+
+def machine(result: dict[str, Any]) -> str:
+    """What it was measured on, in words."""
+    if "gpu" in result:
+        return f"{result['device_name']}, {result['gpu']['multiprocessors']} multiprocessors"
+    return f"{result['device_name']}, {result['threads']} threads"
 
 
 def label(row: dict[str, Any]) -> str:

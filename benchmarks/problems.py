@@ -47,8 +47,9 @@ ROWS = {
     "cpu": [*_FACE_ROWS, Row(16, 256, 256, 0.05, 100), Row(1, 2048, 2048, 0.05, 100)],
     "cuda": [
         *[replace(row, batch=4096) for row in _FACE_ROWS],
-        Row(16, 256, 256, 0.05, 100),
+        Row(256, 224, 224, 0.05, 100),  # one problem fills the shared memory of a block
         Row(8, 2048, 2048, 0.05, 100),
+        Row(8, 2048, 2048, 0.05, 100, backward=True),
         Row(1, 10_000, 10_000, 0.05, 100, from_points=True),
         Row(1, 50_000, 50_000, 0.05, 100, from_points=True),
     ],
@@ -57,7 +58,8 @@ ROWS = {
 
 def quick_rows(device: str) -> list[Row]:
     """Small rows that touch every code path, for a smoke test; their figures mean little."""
-    return [replace(row, batch=32) for row in ROWS[device] if row.n == 49] + [Row(2, 256, 256, 0.05, 20)]
+    small = [replace(row, batch=32) for row in ROWS[device] if row.n == 49] + [Row(2, 256, 256, 0.05, 20)]
+    return [*small, Row(1, 500, 500, 0.05, 20, from_points=True)] if device == "cuda" else small
 
 
 @dataclass

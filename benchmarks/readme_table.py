@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench_sinkhorn import DISTURBED, megabytes, milliseconds, significant
+from bench_sinkhorn import DISTURBED, megabytes, milliseconds, processor, significant
 from peers import PEERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,9 +45,8 @@ def render(result: dict[str, Any]) -> str:
     versions = dict.fromkeys(
         [f"torch {result['torch']}", *(f"{PEERS[name].package} {timed[name]['version']}" for name in peers)]
     )
-    cpu = result["info"]["cpu_isa"]
     made = (
-        f"{result['device_name']}, {result['threads']} threads, {cpu}, commit {(result['commit'] or 'unknown')[:10]}"
+        f"{processor(result)}, commit {(result['commit'] or 'unknown')[:10]}"
         f"{' with changes' if result['dirty'] else ''}, {result['date'][:10]}. Versions: {', '.join(versions)}."
     )
     disturbance = max(row["other_programs_cpus"] or 0 for row in rows)

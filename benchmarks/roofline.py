@@ -7,8 +7,12 @@ more products with K an iteration, and one more 2 n m for the rank-2 term of eac
 
 The limit a row is held against:
 - K of one problem fits in the L2 cache of a core (CPU), or in the shared memory of a block (GPU): arithmetic, against
-  the rate of torch's float32 matrix product;
-- otherwise: one read of K an iteration (4 n m bytes), against the bandwidth of reading a matrix of that size.
+  the rate of torch's float32 matrix product. On a GPU too it is made of float32 multiply-adds: TensorFloat-32, which is
+  done by other units and is no float32, is off.
+- otherwise: one read of K an iteration (4 n m bytes), against the bandwidth of reading a matrix of that size (CPU), or
+  of a large copy in the GPU's memory.
+- none, on a GPU, when the K of all problems together fit in its L2 cache but one alone is too large for a block: how
+  fast that cache can be read is not measured here, and against its memory the figure would flatter.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import Clock
 from problems import Row
 
 MATRIX = 2048  # side of the matrix product; on CUDA four times that
@@ -47,19 +52,26 @@ def on_chip_bytes(device: str) -> int:
 
 def measure(rows: list[Row], device: str) -> dict[str, Any]:
     """The limits that the rows need. Rates are the best of several repetitions: a limit is what can be reached."""
-    footprints = [] if device == "cuda" else sorted({footprint(row) for row in rows if not fits(row, device)})
+    torch.set_float32_matmul_precision("highest")  # no TensorFloat-32
+    clock = Clock(device)
     side = MATRIX * (4 if device == "cuda" else 1)
     a, b, out = (torch.rand(side, side, device=device) for _ in range(3))
-    seconds = _best(lambda: torch.mm(a, b, out=out), device)
-    copied = torch.rand(2**26, device=device)  # 256 MB
+    seconds = _best(lambda: torch.mm(a, b, out=out), clock)
+    copied = torch.rand(_copied_bytes(device) // 4, device=device)
     target = torch.empty_like(copied)
-    copy_seconds = _best(lambda: target.copy_(copied), device)
+    copy_seconds = _best(lambda: target.copy_(copied), clock)
+    footprints = [] if device == "cuda" else sorted({footprint(row) for row in rows if not fits(row, device)})
     return {
         "matmul_flops": 2 * side**3 / seconds,
         "copy_bytes_per_s": 2 * 4 * copied.numel() / copy_seconds,  # read and written
-        "read_bytes_per_s": {str(size): _read_rate(size, device) for size in footprints},
+        "read_bytes_per_s": {str(size): _read_rate(size, clock) for size in footprints},
         "on_chip_bytes": on_chip_bytes(device),
     }
+
+
+def _copied_bytes(device: str) -> int:
+    """So many that no cache holds a part worth mentioning, and the start of the copy takes no part of the time."""
+    return min(2**32, torch.cuda.mem_get_info()[0] // 4) if device == "cuda" else 2**28
 
 
 def best(first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
@@ -75,32 +87,36 @@ def fits(row: Row, device: str) -> bool:
     return 4 * row.n * row.m <= on_chip_bytes(device)
 
 
+def in_l2_of_gpu(row: Row) -> bool:
+    return footprint(row) <= torch.cuda.get_device_properties(0).L2_cache_size
+
+
 def footprint(row: Row) -> int:
     """Bytes of all K of the batch, which are read again in each iteration."""
     return 4 * row.batch * row.n * row.m
 
 
 def percentage(row: Row, seconds: float, limits: dict[str, Any], device: str) -> dict[str, Any] | None:
-    """Percent of the limit that applies, and its name; None where K is never held and the work is another."""
-    if row.from_points:
-        return None
+    """Percent of the limit that applies, and its name; None where there is none."""
     if fits(row, device):
         done, name, limit = work(row)["flops"], "matmul", limits["matmul_flops"]
-    elif device == "cuda":
-        done, name, limit = work(row)["bytes"], "copy", limits["copy_bytes_per_s"]
-    else:
+    elif device != "cuda":
         done, name, limit = work(row)["bytes"], "read", limits["read_bytes_per_s"][str(footprint(row))]
+    elif in_l2_of_gpu(row):
+        return None
+    else:
+        done, name, limit = work(row)["bytes"], "copy", limits["copy_bytes_per_s"]
     return {"percent": 100 * done / seconds / limit, "of": name}
 
 
-def _read_rate(size: int, device: str) -> float:
+def _read_rate(size: int, clock: Clock) -> float:
     """Bytes a second of reading the same ``size`` bytes over and over.
 
     The best of torch's sum of all entries, sums of rows, largest entry, and dot product of the matrix with itself, each
     of them one pass with all threads.
     """
     side = round((size / 4) ** 0.5)
-    matrix = torch.rand(side, side, device=device)
+    matrix = torch.rand(side, side, device=clock.device)
     flat = matrix.view(-1)
     passes: list[Callable[[], Any]] = [
         lambda: matrix.sum(),
@@ -108,18 +124,12 @@ def _read_rate(size: int, device: str) -> float:
         lambda: matrix.amax(),
         lambda: torch.dot(flat, flat),
     ]
-    return 4 * side * side / min(_best(call, device) for call in passes)
+    return 4 * side * side / min(_best(call, clock) for call in passes)
 
 
-def _best(call: Callable[[], Any], device: str, seconds: float = 0.4) -> float:
+def _best(call: Callable[[], Any], clock: Clock, seconds: float = 0.4) -> float:
     call()
     best, stop = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < stop:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, clock.time(call))
     return best

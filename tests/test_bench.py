@@ -10,9 +10,11 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from otface_cuda.reference import sinkhorn_reference
 
@@ -24,6 +26,7 @@ import measure
 import peers
 import plot
 import problems
+import readme_table
 import roofline
 from problems import Row
 
@@ -74,6 +77,11 @@ def test_iterations_to_reach_is_the_fewest():
     found = bench.iterations_to_reach(problem, error(6))
     assert error(found) <= error(6)
     assert found == 1 or error(found - 1) > error(6)
+
+
+def test_an_error_that_is_not_reached():
+    problem = problems.make_problem(Row(1, 4, 5, 0.1, 1), "cpu")
+    assert bench.iterations_to_reach(problem, -1.0, most=4) is None
 
 
 def test_error_of_plan_and_of_potentials_agree():
@@ -163,6 +171,152 @@ def test_the_limit_follows_from_the_size_of_one_problem():
 
 def test_the_best_limits_count():
     assert roofline.best({"a": 1, "b": {"x": 4}}, {"a": 2, "b": {"x": 3}}) == {"a": 2, "b": {"x": 4}}
+
+
+# ---- on a GPU, as far as that can be seen without one ----
+
+
+class Cuda(TorchFunctionMode):
+    """Puts what is meant for a GPU on the CPU, and stands in for the parts of torch.cuda that the benchmark uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.happened: list[str] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") == "zero_":
+            self.happened.append(f"overwrite {args[0].numel()}")
+        args = tuple("cpu" if isinstance(a, str) and a == "cuda" else a for a in args)
+        kwargs = {
+            key: "cpu" if isinstance(value, str) and value == "cuda" else value for key, value in (kwargs or {}).items()
+        }
+        return function(*args, **kwargs)
+
+    def event(self, enable_timing: bool):
+        assert enable_timing
+        event = SimpleNamespace(synchronize=lambda: self.happened.append("wait"))
+
+        def record():
+            self.happened.append("event")
+            event.at = time.perf_counter()
+
+        event.record = record
+        event.elapsed_time = lambda end: 1e3 * (end.at - event.at)
+        return event
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    mode = Cuda()
+    properties = SimpleNamespace(
+        L2_cache_size=2**14, multi_processor_count=132, total_memory=2**37, shared_memory_per_block_optin=3000
+    )
+    stand_ins = {
+        "is_available": lambda: True,
+        "Event": mode.event,
+        "synchronize": lambda: mode.happened.append("synchronize"),
+        "get_device_properties": lambda _: properties,
+        "get_device_name": lambda _: "NVIDIA H200",
+        "get_device_capability": lambda _: (9, 0),
+        "mem_get_info": lambda: (2**20, 2**37),
+        "memory_allocated": lambda: 1000,
+        "max_memory_allocated": lambda: 1512,
+        "reset_peak_memory_stats": lambda: None,
+    }
+    for name, value in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(roofline, "MATRIX", 16)
+    with mode:
+        yield mode
+
+
+def test_device_events_with_a_cold_cache_and_the_host_ahead(cuda):
+    clock = measure.Clock("cuda")
+    cuda.happened.clear()
+    seconds = clock.time(lambda: (cuda.happened.append("call"), time.sleep(0.01)))
+    assert 0.01 <= seconds < 0.1
+    first = cuda.happened.index("event")
+    assert set(cuda.happened[:first]) == {"overwrite 32768"}  # twice the cache, and nothing that the host waits for
+    assert cuda.happened[first:] == ["event", "call", "event", "wait"]
+
+
+def test_wall_time_on_a_gpu_is_that_of_a_call_alone(cuda):
+    clock = measure.Clock("cuda")
+    cuda.happened.clear()
+    assert clock.time(lambda: cuda.happened.append("call"), wall=True) < 0.1
+    first = cuda.happened.index("synchronize")
+    assert set(cuda.happened[:first]) == {"overwrite 32768"}
+    assert cuda.happened[first:] == ["synchronize", "call", "synchronize"]
+
+
+def test_the_gpu_is_busy_for_a_while_before_a_call(cuda):
+    clock = measure.Clock("cuda")
+    begin = time.perf_counter()
+    clock._overwrite()
+    assert time.perf_counter() - begin > measure.HEAD_START_SECONDS / 4
+
+
+def test_limits_on_a_gpu(cuda):
+    on_chip, in_l2, in_memory = Row(50, 20, 30, 0.1, 5), Row(1, 40, 60, 0.1, 5), Row(2, 40, 60, 0.1, 5)
+    torch.set_float32_matmul_precision("high")
+    limits = roofline.measure([on_chip, in_l2, in_memory], "cuda")
+    assert torch.get_float32_matmul_precision() == "highest"  # the matrix product uses no TensorFloat-32
+    assert limits["matmul_flops"] > 0
+    assert limits["copy_bytes_per_s"] > 0
+    assert limits["on_chip_bytes"] == 3000
+    assert roofline.percentage(on_chip, 1.0, limits, "cuda")["of"] == "matmul"
+    assert roofline.percentage(in_l2, 1.0, limits, "cuda") is None
+    percent = 100 * 5 * 2 * 4 * 40 * 60 / limits["copy_bytes_per_s"]
+    assert roofline.percentage(in_memory, 1.0, limits, "cuda") == {"percent": pytest.approx(percent), "of": "copy"}
+    points = Row(1, 100, 100, 0.1, 5, from_points=True)
+    assert roofline.percentage(points, 1.0, limits, "cuda")["of"] == "copy"
+
+
+def test_rows_for_a_gpu():
+    rows = problems.ROWS["cuda"]
+    assert {(row.batch, row.n, row.iterations, row.backward) for row in rows} >= {
+        (4096, 49, 100, False),
+        (4096, 49, 10, False),
+        (4096, 49, 100, True),
+        (4096, 49, 10, True),
+        (8, 2048, 100, False),
+        (1, 10_000, 100, False),
+        (1, 50_000, 100, False),
+    }
+    assert all(row.from_points == (row.n >= 10_000) for row in rows)
+
+
+@pytest.fixture
+def cuda_result(cuda, monkeypatch) -> dict:
+    rows = [Row(3, 9, 9, 0.1, 5), Row(3, 9, 9, 0.1, 5, backward=True), Row(2, 40, 60, 0.1, 5, from_points=True)]
+    monkeypatch.setattr(problems, "ROWS", {"cuda": rows})
+    monkeypatch.setattr(bench, "ROWS", {"cuda": rows})
+    monkeypatch.setattr(bench, "ROW_SECONDS", 0.0)
+    broken = peers.TorchScaling()
+    monkeypatch.setattr(broken, "prepare", lambda problem: torch.empty(0).view(3))
+    monkeypatch.setitem(peers.PEERS, "torch-scaling", broken)
+    return bench.run(bench.parse(["--device", "cuda", "--peers", "torch-loop,torch-scaling"]))
+
+
+def test_the_whole_run_for_a_gpu(cuda_result, tmp_path):
+    again = json.loads(json.dumps(cuda_result))
+    assert again == cuda_result
+    assert cuda_result["device_name"] == "NVIDIA H200"
+    assert cuda_result["gpu"]["multiprocessors"] == 132
+    assert [row["limit"]["of"] for row in cuda_result["rows"]] == ["matmul", "matmul", "copy"]
+    for row in cuda_result["rows"]:
+        assert row["ours"]["peak_bytes"] == 512
+        assert row["ours"]["wall_seconds"]["median"] > 0
+        loop, scaling = row["peers"]
+        assert ("seconds" in loop) != row["from_points"]
+        assert "seconds" not in scaling
+    assert cuda_result["rows"][0]["peers"][1]["cannot"] == "fails in this row: RuntimeError"
+    text = bench.table(cuda_result)
+    assert text.startswith("NVIDIA H200, 132 multiprocessors, torch ")
+    assert "device events, cold L2" in text
+    assert text.count("made and waited for alone") == 3
+    assert all(len(line) <= 140 for line in text.splitlines())
+    assert "NVIDIA H200, 132 multiprocessors, commit" in readme_table.render(cuda_result)
 
 
 # ---- faces ----
