@@ -36,7 +36,7 @@ struct LaunchShape {
 
 #ifdef OTFACE_SIMT_HOST
 
-#include "executor.h"
+#include "host_executor.h"
 
 #else
 
@@ -110,8 +110,8 @@ __device__ __forceinline__ unsigned ballot(bool x) { return __ballot_sync(full_m
 __device__ __forceinline__ bool any_in_block(bool x) { return __syncthreads_or(x); }  // also a sync_block
 
 // The `blocks` blocks that share `counter` wait for one another; what any thread of them wrote before is seen by all of
-// them after (but for a read through the read-only cache, which const __restrict__ may give: do not use it on what other
-// blocks write). The counter is zero before the launch and only ever used here; the launch is cooperative.
+// them after (but for a read through the read-only cache, which const __restrict__ may give: do not use it on what
+// other blocks write). The counter is zero before the launch and only ever used here; the launch is cooperative.
 //
 // A round takes a power of two of the counter, so that it may wrap around: `blocks` arrivals, then the last to arrive
 // adds what is left. Nobody waits for that: there is room in the round for those who already arrive for the next one.
@@ -142,6 +142,9 @@ __device__ __forceinline__ void gang_barrier(unsigned* counter, unsigned blocks)
   }
   __syncthreads();
 }
+
+// *flag = 1, where several blocks may do so at the same time.
+__device__ __forceinline__ void mark(int* flag) { atomicExch(flag, 1); }
 
 // 16 bytes at once; p must be 16-byte aligned. T: float, double or uint16_t
 template <class T>
@@ -195,6 +198,16 @@ const char* launch(void (*kernel)(P...), const LaunchShape& shape, Stream stream
   config.attrs = &cooperative;
   config.numAttrs = shape.cooperative ? 1 : 0;
   return error_text(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...));
+}
+
+// Registers per thread of the kernel as compiled for the current device; 0 without one.
+template <class... P>
+int registers_of(void (*kernel)(P...)) {
+  cudaFuncAttributes attributes{};
+  if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess)
+    return attributes.numRegs;
+  (void)cudaGetLastError();
+  return 0;
 }
 
 // How many blocks of this shape the device holds at once; 0 if none fits.
