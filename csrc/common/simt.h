@@ -161,7 +161,12 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T>& x) {
   *reinterpret_cast<uint4*>(p) = bits;
 }
 
-__device__ __forceinline__ float exp2_of(float x) { return exp2f(x); }
+// 2 units in the last place; 0 below 2^-126, where exp2f would take three more instructions for a subnormal.
+__device__ __forceinline__ float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 __device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
 __device__ __forceinline__ double log_of(double x) { return log(x); }
 __device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }  // 0 for |b| > 2^126

@@ -100,6 +100,7 @@ inline bool all_in_warp(bool x, executor::Where where = executor::Where::current
 inline bool any_in_block(bool x, executor::Where where = executor::Where::current()) {
   return executor::any_in_block(x, where);
 }
+inline void mark(int* flag) { __atomic_store_n(flag, 1, __ATOMIC_RELAXED); }
 inline void gang_barrier(unsigned* counter, unsigned blocks, executor::Where where = executor::Where::current()) {
   executor::gang_barrier(counter, blocks, where);
 }
@@ -136,6 +137,10 @@ const char* launch(void (*kernel)(P...), const LaunchShape& shape, Stream, const
   static_assert(sizeof...(P) == sizeof...(A));
   auto call = [kernel, values = std::tuple<P...>(static_cast<P>(arguments)...)] { std::apply(kernel, values); };
   return executor::run(shape, [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
+}
+template <class... P>
+int registers_of(void (*)(P...)) {
+  return 0;
 }
 template <class... P>
 int64_t resident_blocks(void (*)(P...), const LaunchShape& shape) {
