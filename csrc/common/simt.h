@@ -81,6 +81,12 @@ inline const char* fill_zero(void* p, size_t bytes, Stream stream) {
 
 namespace otface::simt {
 
+// Where in the source a barrier stands; only the executor knows. A function that wraps barriers takes it on, as they do,
+// so that a report names the function's caller: void sync(simt::Where where = simt::Where::current()).
+struct Where {
+  __host__ __device__ static constexpr Where current() { return {}; }
+};
+
 __device__ __forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
 __device__ __forceinline__ int block_threads() { return static_cast<int>(blockDim.x); }
 __device__ __forceinline__ int64_t block_index() { return blockIdx.x; }
@@ -92,8 +98,8 @@ __device__ __forceinline__ char* shared_memory() {
   return otface_shared_memory;
 }
 
-__device__ __forceinline__ void sync_block() { __syncthreads(); }
-__device__ __forceinline__ void sync_warp() { __syncwarp(full_mask); }
+__device__ __forceinline__ void sync_block(Where = Where::current()) { __syncthreads(); }
+__device__ __forceinline__ void sync_warp(Where = Where::current()) { __syncwarp(full_mask); }
 
 // T: float, double, int, unsigned or int64_t
 template <class T>
@@ -107,7 +113,8 @@ __device__ __forceinline__ T shuffle_xor(T value, int lane_mask) {
 __device__ __forceinline__ bool any_in_warp(bool x) { return __any_sync(full_mask, x); }
 __device__ __forceinline__ bool all_in_warp(bool x) { return __all_sync(full_mask, x); }
 __device__ __forceinline__ unsigned ballot(bool x) { return __ballot_sync(full_mask, x); }
-__device__ __forceinline__ bool any_in_block(bool x) { return __syncthreads_or(x); }  // also a sync_block
+// Also a sync_block.
+__device__ __forceinline__ bool any_in_block(bool x, Where = Where::current()) { return __syncthreads_or(x); }
 
 // The `blocks` blocks that share `counter` wait for one another; what any thread of them wrote before is seen by all of
 // them after (but for a read through the read-only cache, which const __restrict__ may give: do not use it on what
@@ -115,7 +122,7 @@ __device__ __forceinline__ bool any_in_block(bool x) { return __syncthreads_or(x
 //
 // A round takes a power of two of the counter, so that it may wrap around: `blocks` arrivals, then the last to arrive
 // adds what is left. Nobody waits for that: there is room in the round for those who already arrive for the next one.
-__device__ __forceinline__ void gang_barrier(unsigned* counter, unsigned blocks) {
+__device__ __forceinline__ void gang_barrier(unsigned* counter, unsigned blocks, Where = Where::current()) {
   __syncthreads();
   if (threadIdx.x == 0) {
     const unsigned round = 1u << (32 - __clz(2 * blocks - 1));  // >= 2 * blocks

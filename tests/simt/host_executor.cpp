@@ -25,6 +25,7 @@
 #include <cstdlib>
 #include <map>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -518,6 +519,32 @@ void run_lane() {
   }
 }
 
+// --- Barriers by their place in the source
+
+struct Barrier {
+  const char* file;
+  unsigned line;
+  auto operator<=>(const Barrier&) const = default;
+};
+struct BarrierState {
+  std::string name;
+  bool stands;
+};
+std::map<Barrier, BarrierState> barriers_reached;
+
+// False where the barrier is to be left out.
+bool stands(Where where) {
+  const Barrier barrier{where.file_name(), static_cast<unsigned>(where.line())};
+  const auto [entry, is_new] = barriers_reached.try_emplace(barrier);
+  BarrierState& state = entry->second;
+  if (is_new) {
+    const char* slash = std::strrchr(barrier.file, '/');
+    state.name = std::string(slash == nullptr ? barrier.file : slash + 1) + ":" + std::to_string(barrier.line);
+    state.stands = state.name != settings.without_barrier;
+  }
+  return state.stands;
+}
+
 // --- Setting up and clearing away, on the host's fiber
 
 void start_afresh(Lane& lane) {
@@ -562,17 +589,11 @@ void give_back_lane(std::unique_ptr<Lane> lane) {
   idle_lanes[set].push_back(std::move(lane));
 }
 
-void fill_with_nan(char* p, size_t bytes) {
-  const uint32_t any_type[2] = {0x7fa5a5a5u, 0x7ff4a5a5u}, float_type[2] = {0x7fa5a5a5u, 0x7fa5a5a5u};
-  const char* pattern = reinterpret_cast<const char*>(settings.poison == Poison::any_type ? any_type : float_type);
-  for (size_t k = 0; k < bytes; ++k) p[k] = pattern[k % 8];
-}
-
 void add_block(int64_t index, int set) {
   const LaunchShape& shape = current->shape;
   auto block = std::make_unique<Block>(shape.shared_bytes);
   block->index = index;
-  fill_with_nan(block->shared.p, shape.shared_bytes);
+  poison(block->shared.p, shape.shared_bytes);
   for (int t = 0; t < shape.threads; ++t) {
     if (t % warp_lanes == 0) {
       block->warps.push_back(std::make_unique<Warp>());
@@ -620,6 +641,12 @@ const char* shape_error(const LaunchShape& shape) {
 
 }  // namespace
 
+void poison(void* p, size_t bytes) {
+  const uint32_t any_type[2] = {0x7fa5a5a5u, 0x7ff4a5a5u}, float_type[2] = {0x7fa5a5a5u, 0x7fa5a5a5u};
+  const char* pattern = reinterpret_cast<const char*>(settings.poison == Poison::any_type ? any_type : float_type);
+  for (size_t k = 0; k < bytes; ++k) static_cast<char*>(p)[k] = pattern[k % 8];
+}
+
 // --- What kernels call
 
 uint64_t shuffle(uint64_t bits, int source_lane, Where where) {
@@ -643,6 +670,7 @@ unsigned vote(bool x, Where where) {
 }
 
 void sync_warp(Where where) {
+  if (!stands(where)) return;
   char* tag = self().warp->order.tag();
   release(tag);
   wait(Wait::sync_warp, where);
@@ -650,6 +678,7 @@ void sync_warp(Where where) {
 }
 
 void sync_block(Where where) {
+  if (!stands(where)) return;
   char* tag = self().warp->block->order.tag();
   release(tag);
   wait(Wait::sync_block, where);
@@ -667,6 +696,8 @@ bool any_in_block(bool x, Where where) {
 }
 
 void gang_barrier(unsigned* counter, unsigned blocks, Where where) {
+  if (!stands(where)) return;
+
   Block& block = *self().warp->block;
   block.counter = counter;
   block.gang_blocks = blocks;
@@ -689,7 +720,13 @@ void check_alignment(const void* p, Where where) {
   fail();
 }
 
-// --- What launchers call
+// --- What launchers and tests call
+
+std::vector<std::string> barriers() {
+  std::vector<std::string> names;
+  for (const auto& [barrier, state] : barriers_reached) names.push_back(state.name);
+  return names;
+}
 
 int64_t resident_blocks(const LaunchShape& shape) {
   const int64_t per_threads = settings.threads_per_multiprocessor / std::max(1, shape.threads);
@@ -719,6 +756,7 @@ const char* run(const LaunchShape& shape, void (*body)(void*), void* context) {
   host.sanitizer = __tsan_get_current_fiber();
 #endif
   release(&start_tag);
+  for (auto& [barrier, state] : barriers_reached) state.stands = state.name != settings.without_barrier;
   const auto order = std::make_unique<int64_t[]>(static_cast<size_t>(shape.blocks));
   for (int64_t k = 0; k < shape.blocks; ++k) {  // a random permutation, growing
     const int64_t place = static_cast<int64_t>(launch.random.below(static_cast<uint64_t>(k) + 1));
@@ -727,7 +765,6 @@ const char* run(const LaunchShape& shape, void (*body)(void*), void* context) {
   }
   for (int64_t k = 0; k < shape.blocks && !failed; ++k) {
     add_block(order[k], shape.cooperative ? 0 : static_cast<int>(k % 2));
-
     if (!shape.cooperative || k == shape.blocks - 1) run_blocks();
   }
   acquire(&end_tag);

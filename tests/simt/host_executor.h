@@ -10,7 +10,10 @@
 #include <cstdint>
 #include <cstring>
 #include <source_location>
+#include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #define __device__
 #define __host__
@@ -23,9 +26,9 @@ namespace otface::simt {
 
 using Stream = void*;
 
-namespace executor {
-
 using Where = std::source_location;
+
+namespace executor {
 
 enum class Poison { any_type, float_type };
 
@@ -38,8 +41,13 @@ struct Settings {
   // signalling as both: with float_type they all are as float, but huge numbers as double.
   Poison poison = Poison::any_type;
   bool trap_invalid = false;  // an invalid operation in a kernel, as with a signalling NaN, raises SIGFPE
+  // For tests of the tests: the barrier at this line is left out. "FILE:LINE", the file without directories.
+  std::string without_barrier;
 };
 extern Settings settings;
+
+// The barriers reached so far, as "FILE:LINE".
+std::vector<std::string> barriers();
 
 struct Place {
   int thread, block_threads;
@@ -49,6 +57,9 @@ struct Place {
 extern const Place* here;  // of the lane that runs
 
 enum class Wait : uint8_t { none, shuffle, vote, sync_warp, sync_block, any_in_block, gang_barrier, exited };
+
+// Fills with words that are NaN, as float and as double, and a wild integer.
+void poison(void* p, size_t bytes);
 
 uint64_t shuffle(uint64_t bits, int source_lane, Where where);
 unsigned vote(bool x, Where where);
@@ -79,41 +90,35 @@ inline int64_t block_index() { return executor::here->block; }
 inline int64_t grid_blocks() { return executor::here->blocks; }
 inline char* shared_memory() { return executor::here->shared; }
 
-inline void sync_block(executor::Where where = executor::Where::current()) { executor::sync_block(where); }
-inline void sync_warp(executor::Where where = executor::Where::current()) { executor::sync_warp(where); }
+inline void sync_block(Where where = Where::current()) { executor::sync_block(where); }
+inline void sync_warp(Where where = Where::current()) { executor::sync_warp(where); }
 
 template <class T>
-T shuffle(T value, int source_lane, executor::Where where = executor::Where::current()) {
+T shuffle(T value, int source_lane, Where where = Where::current()) {
   return executor::shuffle_value(value, source_lane, where);
 }
 template <class T>
-T shuffle_xor(T value, int lane_mask, executor::Where where = executor::Where::current()) {
+T shuffle_xor(T value, int lane_mask, Where where = Where::current()) {
   return executor::shuffle_value(value, (thread_index() % 32) ^ lane_mask, where);
 }
-inline unsigned ballot(bool x, executor::Where where = executor::Where::current()) { return executor::vote(x, where); }
-inline bool any_in_warp(bool x, executor::Where where = executor::Where::current()) {
-  return executor::vote(x, where) != 0;
-}
-inline bool all_in_warp(bool x, executor::Where where = executor::Where::current()) {
-  return executor::vote(x, where) == full_mask;
-}
-inline bool any_in_block(bool x, executor::Where where = executor::Where::current()) {
-  return executor::any_in_block(x, where);
-}
+inline unsigned ballot(bool x, Where where = Where::current()) { return executor::vote(x, where); }
+inline bool any_in_warp(bool x, Where where = Where::current()) { return executor::vote(x, where) != 0; }
+inline bool all_in_warp(bool x, Where where = Where::current()) { return executor::vote(x, where) == full_mask; }
+inline bool any_in_block(bool x, Where where = Where::current()) { return executor::any_in_block(x, where); }
 inline void mark(int* flag) { __atomic_store_n(flag, 1, __ATOMIC_RELAXED); }
-inline void gang_barrier(unsigned* counter, unsigned blocks, executor::Where where = executor::Where::current()) {
+inline void gang_barrier(unsigned* counter, unsigned blocks, Where where = Where::current()) {
   executor::gang_barrier(counter, blocks, where);
 }
 
 template <class T>
-Pack<T> load_pack(const T* p, executor::Where where = executor::Where::current()) {
+Pack<T> load_pack(const T* p, Where where = Where::current()) {
   executor::check_alignment(p, where);
   Pack<T> result;
   for (size_t k = 0; k < 16 / sizeof(T); ++k) result.v[k] = p[k];
   return result;
 }
 template <class T>
-void store_pack(T* p, const Pack<T>& x, executor::Where where = executor::Where::current()) {
+void store_pack(T* p, const Pack<T>& x, Where where = Where::current()) {
   executor::check_alignment(p, where);
   for (size_t k = 0; k < 16 / sizeof(T); ++k) p[k] = x.v[k];
 }
