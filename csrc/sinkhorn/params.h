@@ -38,7 +38,8 @@ struct Problems {
 
 // The history that the unrolled gradient reads: one slot of `slot` Reals per iteration, slot = m + max(n, m).
 //   an ordinary iteration: the column sums s [m], then the row sums r [n] (see cpu_kernel_matrix.h)
-//   a rebuilt one (`rebuilt` = 1; the first always is): the g it started from, as a high and a low part, [m] each
+//   a rebuilt one (`rebuilt` > 0; the first always is): the g it started from, as a high and a low part, [m] each
+constexpr uint8_t kRowsRebuilt = 1, kRowsAndColumnsRebuilt = 2;  // the CPU finds out again which of the two it was
 struct HistoryView {
   void* slots;       // [B, max_iter, slot] Real, or null
   uint8_t* rebuilt;  // [B, max_iter]

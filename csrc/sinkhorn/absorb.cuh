@@ -1,0 +1,92 @@
+// One iteration in the log domain, which leaves K anew: the start of every solve, and what is done when the sums of an
+// ordinary iteration leave the band. For any matrix of team.cuh.
+//
+//   f_i <- -eps log sum_j b_j exp((g_j - C_ij) / eps)        K_ij = exp((f_i + g_j - C_ij) / eps),   so that r = K b = 1
+//   s = K^T a,   and, if s leaves the band:   g_j <- -eps log sum_i a_i exp((f_i - C_ij) / eps),   K again,   so that s = 1
+//
+// K is always computed from the potentials in one way (`fill`), so that a team which shares its warp with one that starts
+// anew may compute its K again and gets the same bits. Costs two or four exponentials per entry.
+#pragma once
+
+#include "sinkhorn/team.cuh"
+
+namespace otface::sinkhorn {
+
+// The vectors that go with K through a solve and through its reverse.
+template <class M>
+struct State {
+  using T = typename M::T;
+  typename M::Layout matrix;
+  T *a, *b;           // [n], [m]
+  double *f0, *g0;    // [n], [m]: the potentials absorbed in K
+  typename M::RowFlags empty_rows;  // without an allowed pair (and the padding): the row sum counts as 1
+  typename M::ColFlags empty_cols;
+  typename M::ColVector x;  // what the next sweep multiplies with
+
+  __host__ __device__ State(Arena& arena, int64_t n, int64_t m, int threads)
+      : matrix(arena, n, m, threads),
+        a(arena.take<T>(M::row_count(n))),
+        b(arena.take<T>(M::col_count(m))),
+        f0(arena.take<double>(M::row_count(n))),
+        g0(arena.take<double>(M::col_count(m))),
+        empty_rows(arena, M::row_count(n)),
+        empty_cols(arena, M::col_count(m)),
+        x(arena, M::col_count(m)) {}
+};
+
+// Weights into the team's memory, masses and validity into `p`. Ends with everything visible to the team.
+template <class M>
+OTFACE_DEVICE void read_problem(M& matrix, State<M>& state, const Problems& all, Problem& p, int64_t index) {
+  using T = typename M::T;
+  p.read(all, index);
+  matrix.read_cost(all);
+  matrix.rows([&](Slot row) {
+    state.empty_rows.set(row, row.i >= p.rows);
+    if (row.counts) state.a[row.i] = read_weight<T>(all, all.a, p.index, row.i, p.rows);
+  });
+  matrix.cols([&](Slot col) {
+    state.empty_cols.set(col, col.i >= p.cols);
+    if (col.counts) state.b[col.i] = read_weight<T>(all, all.b, p.index, col.i, p.cols);
+  });
+  matrix.sync();
+  p.weigh(matrix, state.a, state.b);
+}
+
+template <class M>
+OTFACE_DEVICE void set_x_to_b(M& matrix, State<M>& state) {
+  matrix.cols([&](Slot col) { state.x[col.k] = state.b[col.i]; });
+  matrix.sync();
+}
+
+// From g in g0. The column sums go to `s` (teams in `mask` only); x is lost. `columns` on input: whether the columns have
+// to be absorbed whatever their sums are; on output: whether they were. False if the problem has no solution.
+template <class M>
+OTFACE_DEVICE bool absorb(M& matrix, State<M>& state, typename M::ColVector& s, bool mask, bool& columns) {
+  using T = typename M::T;
+  bool ok = matrix.update_f(state.g0, state.a, state.b, state.f0, state.empty_rows, mask);
+  matrix.cols([&](Slot col) { state.x[col.k] = state.b[col.i]; });
+  matrix.sync();
+  matrix.fill(state.f0, state.g0);
+  matrix.sync();
+  const bool in_band = matrix.sweep(
+      state.x, [&](Slot row, T, bool&) { return state.a[row.i]; },
+      [&](Slot col, T sum, bool& fine) {
+        if (state.empty_cols.get(col)) sum = 1;
+        fine = fine && within_band(sum);
+        if (mask) s[col.k] = sum;
+      });
+  columns = mask && ok && (columns || !in_band);
+  if (matrix.any_in_domain(columns)) {
+    const bool columns_ok = matrix.update_g(state.f0, state.a, state.b, state.g0, state.empty_cols, columns);
+    matrix.cols([&](Slot col) {
+      if (columns) s[col.k] = 1;
+    });
+    matrix.sync();
+    matrix.fill(state.f0, state.g0);
+    matrix.sync();
+    ok = ok && (columns_ok || !columns);
+  }
+  return ok;
+}
+
+}  // namespace otface::sinkhorn

@@ -1,0 +1,33 @@
+// Numbers that decide when a solve leaves multiply-adds for one iteration in the log domain; the same on every device.
+#pragma once
+
+namespace otface::sinkhorn {
+
+// Row and column sums stay within exp(-band) .. exp(band); outside, the iteration is done again as a log-sum-exp. Entries
+// of K that underflow are then below exp(2 band) times the smallest normal number, against sums of 1.
+template <class T>
+struct Band;
+template <>
+struct Band<float> {
+  static constexpr float low = 2.0611536e-9f, high = 4.8516520e8f;  // exp(-20), exp(20)
+  static constexpr float least_normal = 1.17549435e-38f;
+};
+template <>
+struct Band<double> {
+  static constexpr double low = 1.3838965e-87, high = 7.2259738e86;  // exp(-200), exp(200)
+  static constexpr double least_normal = 2.2250738585072014e-308;
+};
+
+// 2^x is cut off at this x: an entry of K without weight in its row may be as large as it likes, but must stay finite.
+template <class T>
+struct ExponentCap;
+template <>
+struct ExponentCap<float> {
+  static constexpr float value = 115.0f;
+};
+template <>
+struct ExponentCap<double> {
+  static constexpr double value = 865.0;
+};
+
+}  // namespace otface::sinkhorn
