@@ -58,10 +58,15 @@ OTFACE_DEVICE void set_x_to_b(M& matrix, State<M>& state) {
   matrix.sync();
 }
 
-// From g in g0. The column sums go to `s` (teams in `mask` only); x is lost. `columns` on input: whether the columns have
-// to be absorbed whatever their sums are; on output: whether they were. False if the problem has no solution.
-template <class M>
-OTFACE_DEVICE bool absorb(M& matrix, State<M>& state, typename M::ColVector& s, bool mask, bool& columns) {
+struct Absorbed {
+  bool ok;       // false: the problem has no solution
+  bool columns;  // g was updated too
+};
+
+// From g in g0. The column sums go to `s` (teams in `mask` only); x is lost. wants_columns(in_band) decides about the second
+// half.
+template <class M, class Wants>
+OTFACE_DEVICE Absorbed absorb(M& matrix, State<M>& state, typename M::ColVector& s, bool mask, Wants wants_columns) {
   using T = typename M::T;
   bool ok = matrix.update_f(state.g0, state.a, state.b, state.f0, state.empty_rows, mask);
   matrix.cols([&](Slot col) { state.x[col.k] = state.b[col.i]; });
@@ -75,7 +80,7 @@ OTFACE_DEVICE bool absorb(M& matrix, State<M>& state, typename M::ColVector& s, 
         fine = fine && within_band(sum);
         if (mask) s[col.k] = sum;
       });
-  columns = mask && ok && (columns || !in_band);
+  const bool columns = mask && ok && wants_columns(in_band);
   if (matrix.any_in_domain(columns)) {
     const bool columns_ok = matrix.update_g(state.f0, state.a, state.b, state.g0, state.empty_cols, columns);
     matrix.cols([&](Slot col) {
@@ -86,7 +91,7 @@ OTFACE_DEVICE bool absorb(M& matrix, State<M>& state, typename M::ColVector& s, 
     matrix.sync();
     ok = ok && (columns_ok || !columns);
   }
-  return ok;
+  return {ok, columns};
 }
 
 }  // namespace otface::sinkhorn

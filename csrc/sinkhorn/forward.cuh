@@ -125,13 +125,12 @@ class Forward {
       if (mask) state_.r[row.k] = 1;
     });
     matrix_.sync();
-    bool columns = false;
-    const bool ok = absorb(matrix_, state_, state_.s, mask, columns);
+    const Absorbed absorbed = absorb(matrix_, state_, state_.s, mask, [](bool in_band) { return !in_band; });
     if (keeps_history && matrix_.thread_in_team() == 0)
-      history.rebuilt[place] = columns ? kRowsAndColumnsRebuilt : kRowsRebuilt;
+      history.rebuilt[place] = absorbed.columns ? kRowsAndColumnsRebuilt : kRowsRebuilt;
     matrix_.cols([&](Slot col) { state_.x[col.k] = simt::quotient(state_.b[col.i], state_.s[col.k]); });
     matrix_.sync();
-    return ok;
+    return absorbed.ok;
   }
 
   OTFACE_DEVICE void record(int iteration) {

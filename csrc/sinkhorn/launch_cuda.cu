@@ -18,6 +18,24 @@ const char* forward_cuda(const ForwardParams& params, void* workspace, simt::Str
                    : launch_plan<float>(params.problems, params.potentials, nullptr, params.plan, stream);
 }
 
+KernelChoice unrolled_backward_choice(const BackwardParams& params, Tier tier) {
+  return params.problems.is_double ? choose_unrolled<double>(params, tier) : choose_unrolled<float>(params, tier);
+}
+
+const char* unrolled_backward_cuda(const BackwardParams& params, void* workspace, simt::Stream stream, Tier tier) {
+  return params.problems.is_double ? launch_unrolled<double>(params, workspace, stream, tier)
+                                   : launch_unrolled<float>(params, workspace, stream, tier);
+}
+
+KernelChoice implicit_backward_choice(const BackwardParams& params, Tier tier) {
+  return params.problems.is_double ? choose_implicit<double>(params, tier) : choose_implicit<float>(params, tier);
+}
+
+const char* implicit_backward_cuda(const BackwardParams& params, void* workspace, simt::Stream stream, Tier tier) {
+  return params.problems.is_double ? launch_implicit<double>(params, workspace, stream, tier)
+                                   : launch_implicit<float>(params, workspace, stream, tier);
+}
+
 const char* envelope_backward_cuda(const BackwardParams& params, simt::Stream stream) {
   return params.problems.is_double ? launch_envelope<double>(params, stream) : launch_envelope<float>(params, stream);
 }

@@ -27,19 +27,19 @@ struct ForwardTiles<double> {
                      RegisterMatrix<double, 4, 8, 8, 4>,     //       32 x 32, one
                      RegisterMatrix<double, 4, 8, 12, 6>>;   //       48 x 48, one
 };
-// The reverse keeps a second tile of the same size, the sum of its outer products.
+// The reverse keeps a second tile of the same size, the sum of its outer products; one problem per warp.
 template <class T>
 struct UnrolledTiles;
 template <>
 struct UnrolledTiles<float> {
-  using List = Tiles<RegisterMatrix<float, 4, 4, 4, 4>,      // up to 16 x 16, two problems per warp
-                     RegisterMatrix<float, 4, 8, 8, 4>,      //       32 x 32, one
-                     RegisterMatrix<float, 4, 8, 13, 7>>;    //       52 x 56, one
+  using List = Tiles<RegisterMatrix<float, 4, 8, 4, 2>,      // up to 16 x 16
+                     RegisterMatrix<float, 4, 8, 8, 4>,      //       32 x 32
+                     RegisterMatrix<float, 4, 8, 13, 7>>;    //       52 x 56
 };
 template <>
 struct UnrolledTiles<double> {
-  using List = Tiles<RegisterMatrix<double, 4, 8, 4, 2>,     // up to 16 x 16, one
-                     RegisterMatrix<double, 4, 8, 8, 4>>;    //       32 x 32, one
+  using List = Tiles<RegisterMatrix<double, 4, 8, 4, 2>,     // up to 16 x 16
+                     RegisterMatrix<double, 4, 8, 8, 4>>;    //       32 x 32
 };
 
 constexpr int kSharedThreads = 256;
