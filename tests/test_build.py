@@ -272,6 +272,7 @@ def test_names_are_for_people(monkeypatch):
         kernel_resources.short("void otface::(anonymous namespace)::fwd<otface::Matrix<7, (int)13>, float>(P, int)")
         == "fwd<Matrix<7, (int)13>, float>"
     )
+    assert kernel_resources.short("void f<A<B<C<1>> > >(int)") == "f<A<B<C<1>>>>"
     lines = kernel_resources.table([SPILLING, CLEAN]).splitlines()
     assert lines[0].split() == ["arch", "registers", "spill", "stores", "spill", "loads", "stack", "shared", "kernel"]
     if shutil.which("c++filt"):

@@ -76,7 +76,8 @@ def demangle(names: Iterable[str]) -> list[str]:
 
 def short(name: str) -> str:
     """A demangled name without its return type, its parameters and the namespaces."""
-    name = re.sub(r"(?:\b\w+|\(anonymous namespace\))::", "", name.removeprefix("void ")).replace("> >", ">>")
+    name = re.sub(r"(?:\b\w+|\(anonymous namespace\))::", "", name.removeprefix("void "))
+    name = re.sub(r"(?<=>) (?=>)", "", name)  # as older versions of c++filt write it
     depth = 0
     for i, letter in enumerate(name):
         depth += (letter == "<") - (letter == ">")
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = ROOT / toolchain.build_folder(torch.__version__)
     groups = json.loads((ROOT / "csrc" / "sources.json").read_text())
     kernels = read(folder, [file for files in groups.values() for file in files if file.endswith(".cu")])
-    print(table(kernels))
+    print(table(kernels), flush=True)
     sentences = failures(kernels, options.registers_only) if options.registers_only else []
     for sentence in sentences:
         print(f"kernel_resources: {sentence}", file=sys.stderr)
