@@ -17,8 +17,8 @@ template <class M>
 struct State {
   using T = typename M::T;
   typename M::Layout matrix;
-  T *a, *b;           // [n], [m]
-  double *f0, *g0;    // [n], [m]: the potentials absorbed in K
+  T *a, *b;                         // [n], [m]
+  double *f0, *g0;                  // [n], [m]: the potentials absorbed in K
   typename M::RowFlags empty_rows;  // without an allowed pair (and the padding): the row sum counts as 1
   typename M::ColFlags empty_cols;
   typename M::ColVector x;  // what the next sweep multiplies with

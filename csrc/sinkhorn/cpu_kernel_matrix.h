@@ -15,23 +15,12 @@
 // at a time: 2 short multiply-adds a strip where the vector would take 8 long ones.
 #pragma once
 
+#include "sinkhorn/band.h"
 #include "sinkhorn/cpu_problem.h"
 
 namespace otface::sinkhorn {
 namespace {
 
-// Row and column sums stay within exp(-band) .. exp(band); outside, the iteration is done again as a log-sum-exp. Entries
-// of K that underflow are then below exp(2 band) times the smallest normal number, against sums of 1.
-template <class T>
-struct Band;
-template <>
-struct Band<float> {
-  static constexpr float low = 2.0611536e-9f, high = 4.8516520e8f;  // exp(-20), exp(20)
-};
-template <>
-struct Band<double> {
-  static constexpr double low = 1.3838965e-87, high = 7.2259738e86;  // exp(-200), exp(200)
-};
 constexpr double small_sum = 1e-4;  // a freshly built row or column whose sum is below this is scaled to a sum of 1
 
 template <class T>

@@ -208,7 +208,8 @@ class Forward {
 
     if (p.exists) {
       double* potentials = params_.potentials + p.index * (all.n + all.m);
-      write_potentials(state_.f0, p.rows, all.n, shift, solved, potentials, static_cast<T*>(params_.f) + p.index * all.n);
+      write_potentials(state_.f0, p.rows, all.n, shift, solved, potentials,
+                       static_cast<T*>(params_.f) + p.index * all.n);
       write_potentials(state_.g0, p.cols, all.m, -shift, solved, potentials + all.n,
                        static_cast<T*>(params_.g) + p.index * all.m);
       if (matrix_.thread_in_team() == 0) {

@@ -1,6 +1,5 @@
-#include "sinkhorn/launch_cuda.h"
-
 #include "sinkhorn/cuda_kernels.h"
+#include "sinkhorn/launch_cuda.h"
 #include "sinkhorn/plan.cuh"
 
 namespace otface::sinkhorn {

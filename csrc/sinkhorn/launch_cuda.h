@@ -13,13 +13,13 @@ enum class Tier : int { any, registers, shared, stream };  // `any`: the first t
 
 // How a batch is laid on the device.
 struct KernelChoice {
-  Tier tier = Tier::any;  // `any`: none fits
-  int tile_rows = 0, tile_cols = 0;     // register tier: rows and columns of K per lane
+  Tier tier = Tier::any;             // `any`: none fits
+  int tile_rows = 0, tile_cols = 0;  // register tier: rows and columns of K per lane
   int threads_per_problem = 0, problems_per_block = 1;
-  int blocks_per_problem = 1;           // stream tier: the gang
-  int registers = 0;                    // per thread; 0 where no device can be asked
-  size_t shared_bytes = 0;              // per block
-  size_t workspace_bytes = 0;           // global memory beside arguments and results
+  int blocks_per_problem = 1;  // stream tier: the gang
+  int registers = 0;           // per thread; 0 where no device can be asked
+  size_t shared_bytes = 0;     // per block
+  size_t workspace_bytes = 0;  // global memory beside arguments and results
 };
 
 // Each operator: what it would launch; and the launch, which returns "" or what went wrong, in words. `workspace` holds

@@ -106,7 +106,8 @@ class MemoryMatrix {
     int unused[28];  // a cache line of its own
   };
 
-  OTFACE_DEVICE MemoryMatrix(const Problem& problem, const Layout& layout, Scratch* scratch, Meeting* meeting, int block_in_gang, int gang_blocks)
+  OTFACE_DEVICE MemoryMatrix(const Problem& problem, const Layout& layout, Scratch* scratch, Meeting* meeting,
+                             int block_in_gang, int gang_blocks)
       : p_(problem),
         layout_(layout),
         scratch_(scratch),
@@ -219,7 +220,8 @@ class MemoryMatrix {
       T sum = 0;
       if (!is_empty)
         for (int j = thread_in_unit(); j < p_.cols; j += unit_threads())
-          sum += b[j] * capped_exp2(static_cast<T>((least - (static_cast<double>(cost(i, j)) - g[j])) * p_.to_exponent));
+          sum +=
+              b[j] * capped_exp2(static_cast<T>((least - (static_cast<double>(cost(i, j)) - g[j])) * p_.to_exponent));
       sum = unit_reduce(sum, [](T x, T y) { return x + y; });
       ok = ok && (is_empty ? !(a[i] > 0) : sum >= Band<T>::least_normal);
       if (thread_in_unit() != 0) return;
@@ -248,7 +250,8 @@ class MemoryMatrix {
     bool ok = true;
     over_columns(0, least_in);
     sync();
-    cols([&](Slot col) { g[col.i] = of_column(0, least_in, [](double x, double y) { return least_of(x, y); }, col.i); });
+    cols(
+        [&](Slot col) { g[col.i] = of_column(0, least_in, [](double x, double y) { return least_of(x, y); }, col.i); });
     sync();
     over_columns(1, sum_in);
     sync();
@@ -425,7 +428,8 @@ class MemoryMatrix {
     unit_sum(y);
     const bool first = thread_in_unit() == 0;
     OTFACE_UNROLL
-    for (int q = 0; q < kRowsAtATime; ++q) y[q] = i + q < end ? weigh(Slot{i + q, i + q, first, first}, y[q], ok) : T(0);
+    for (int q = 0; q < kRowsAtATime; ++q)
+      y[q] = i + q < end ? weigh(Slot{i + q, i + q, first, first}, y[q], ok) : T(0);
   }
   OTFACE_DEVICE void store_sums(T* out, int first, const T (&s)[packs][pack]) const {
     OTFACE_UNROLL

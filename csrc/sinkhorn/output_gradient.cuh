@@ -133,7 +133,8 @@ OTFACE_DEVICE void differentiate_outputs(M& matrix, GradientState<M>& state, con
         by_row[1] += b_e * by_entry;
         by_col[0] += by_exponent;
         by_col[1] += a * (k * state.inverse_r[i] * state.inverse_s[j]) * by_entry;
-        if (writes && grads.cost != nullptr) grads.cost[i * all.m + j] = static_cast<Real>(by_cost * plan - by_exponent);
+        if (writes && grads.cost != nullptr)
+          grads.cost[i * all.m + j] = static_cast<Real>(by_cost * plan - by_exponent);
       },
       [&](Slot row, const T* sums) {
         if (!row.counts) return;

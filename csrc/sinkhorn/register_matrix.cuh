@@ -90,10 +90,10 @@ class RegisterMatrix {
     const int64_t start = p_.index * all.cost.batch_stride;
     for (int k = thread_in_team(); k < max_rows * max_cols; k += lanes) {
       const int i = k / max_cols, j = k % max_cols;
-      cost_[i * ld + j] = i < p_.rows && j < p_.cols
-                              ? load_as<T>(all.cost.data, all.cost.dtype,
-                                           start + i * all.cost.row_stride + j * all.cost.col_stride)
-                              : static_cast<T>(kInfinity);
+      cost_[i * ld + j] =
+          i < p_.rows && j < p_.cols
+              ? load_as<T>(all.cost.data, all.cost.dtype, start + i * all.cost.row_stride + j * all.cost.col_stride)
+              : static_cast<T>(kInfinity);
     }
   }
 
@@ -455,8 +455,7 @@ class RegisterMatrix {
         sum += b[j] * capped_exp2(static_cast<T>((least - reduced(cost(i, j), j)) * scale));
       const bool is_empty = !(least < static_cast<U>(kInfinity));
       ok = ok && (is_empty || sum >= Band<T>::least_normal);
-      f[i] = is_empty ? kInfinity
-                      : static_cast<double>(least) - p_.eps * simt::log_of(static_cast<double>(sum));
+      f[i] = is_empty ? kInfinity : static_cast<double>(least) - p_.eps * simt::log_of(static_cast<double>(sum));
     }
     return ok;
   }
@@ -468,7 +467,8 @@ class RegisterMatrix {
     sync();
   }
 
-  const Problem& p_;  // lies beside the matrix, not around it: two objects that point at each other stay out of registers
+  const Problem&
+      p_;  // lies beside the matrix, not around it: two objects that point at each other stay out of registers
   T K_[TileRows][TileCols];
   T* cost_;
   int team_, lane_row_, lane_col_;

@@ -56,7 +56,6 @@ constexpr double kLog2OfE = 1.4426950408889634074;
 constexpr double kInfinity = __builtin_huge_val();
 constexpr double kNaN = __builtin_nan("");
 
-
 template <class T>
 struct LargestOf;
 template <>
@@ -158,8 +157,8 @@ struct Problem {
     mass_a = from_a[0];
     mass_b = from_b[0];
     has_zero_in_b = from_b[2] > 0;
-    valid = valid && from_a[1] == 0 && from_b[1] == 0 && mass_a > 0 && mass_b > 0 && is_finite(mass_a) &&
-            is_finite(mass_b);
+    valid =
+        valid && from_a[1] == 0 && from_b[1] == 0 && mass_a > 0 && mass_b > 0 && is_finite(mass_a) && is_finite(mass_b);
   }
 
  private:

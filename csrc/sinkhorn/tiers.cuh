@@ -16,30 +16,30 @@ template <class T>
 struct ForwardTiles;
 template <>
 struct ForwardTiles<float> {
-  using List = Tiles<RegisterMatrix<float, 4, 4, 4, 4>,      // up to 16 x 16, two problems per warp
-                     RegisterMatrix<float, 4, 4, 8, 8>,      //       32 x 32, two
-                     RegisterMatrix<float, 4, 4, 13, 13>,    //       52 x 52, two: the 7 x 7 maps of faces
-                     RegisterMatrix<float, 4, 8, 16, 8>>;    //       64 x 64, one
+  using List = Tiles<RegisterMatrix<float, 4, 4, 4, 4>,    // up to 16 x 16, two problems per warp
+                     RegisterMatrix<float, 4, 4, 8, 8>,    //       32 x 32, two
+                     RegisterMatrix<float, 4, 4, 13, 13>,  //       52 x 52, two: the 7 x 7 maps of faces
+                     RegisterMatrix<float, 4, 8, 16, 8>>;  //       64 x 64, one
 };
 template <>
 struct ForwardTiles<double> {
-  using List = Tiles<RegisterMatrix<double, 4, 4, 4, 4>,     // up to 16 x 16, two
-                     RegisterMatrix<double, 4, 8, 8, 4>,     //       32 x 32, one
-                     RegisterMatrix<double, 4, 8, 12, 6>>;   //       48 x 48, one
+  using List = Tiles<RegisterMatrix<double, 4, 4, 4, 4>,    // up to 16 x 16, two
+                     RegisterMatrix<double, 4, 8, 8, 4>,    //       32 x 32, one
+                     RegisterMatrix<double, 4, 8, 12, 6>>;  //       48 x 48, one
 };
 // The reverse keeps a second tile of the same size, the sum of its outer products; one problem per warp.
 template <class T>
 struct UnrolledTiles;
 template <>
 struct UnrolledTiles<float> {
-  using List = Tiles<RegisterMatrix<float, 4, 8, 4, 2>,      // up to 16 x 16
-                     RegisterMatrix<float, 4, 8, 8, 4>,      //       32 x 32
-                     RegisterMatrix<float, 4, 8, 13, 7>>;    //       52 x 56
+  using List = Tiles<RegisterMatrix<float, 4, 8, 4, 2>,    // up to 16 x 16
+                     RegisterMatrix<float, 4, 8, 8, 4>,    //       32 x 32
+                     RegisterMatrix<float, 4, 8, 13, 7>>;  //       52 x 56
 };
 template <>
 struct UnrolledTiles<double> {
-  using List = Tiles<RegisterMatrix<double, 4, 8, 4, 2>,     // up to 16 x 16
-                     RegisterMatrix<double, 4, 8, 8, 4>>;    //       32 x 32
+  using List = Tiles<RegisterMatrix<double, 4, 8, 4, 2>,   // up to 16 x 16
+                     RegisterMatrix<double, 4, 8, 8, 4>>;  //       32 x 32
 };
 
 constexpr int kSharedThreads = 256;
@@ -50,8 +50,8 @@ inline int stream_threads(int64_t m) { return m <= 256 * kColumnsPerThread ? 256
 // --- the kernels: one team each for every problem, in the tier's way ---
 
 template <class Algorithm>
-__global__ void __launch_bounds__(32) solve_in_registers(const __grid_constant__ typename Algorithm::Params params,
-                                                         int team_bytes) {
+__global__ void __launch_bounds__(32, 8)
+    solve_in_registers(const __grid_constant__ typename Algorithm::Params params, int team_bytes) {
   using M = typename Algorithm::Matrix;
   const Problems& all = params.problems;
   Arena arena{simt::shared_memory() + M::team_in_block() * team_bytes};
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(32) solve_in_registers(const __grid_constant__
 }
 
 template <class Algorithm>
-__global__ void __launch_bounds__(kSharedThreads)
+__global__ void __launch_bounds__(kSharedThreads, 2)
     solve_in_shared(const __grid_constant__ typename Algorithm::Params params) {
   using M = typename Algorithm::Matrix;
   const Problems& all = params.problems;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kSharedThreads)
 
 // Gang g takes the problems g, g + gangs, ..
 template <class Algorithm>
-__global__ void __launch_bounds__(kMostStreamThreads)
+__global__ void __launch_bounds__(kMostStreamThreads, 1)
     solve_in_stream(const __grid_constant__ typename Algorithm::Params params, char* workspace, int gang_blocks,
                     int64_t gang_bytes) {
   using M = typename Algorithm::Matrix;
@@ -108,7 +108,8 @@ class Launcher<Algorithm, T, Tiles<RegisterMatrices...>> {
   }
   static const char* launch(const Params& params, void* workspace, simt::Stream stream, Tier tier) {
     if (params.problems.batch == 0) return "";
-    return visit(params, tier, [&](const auto& way) { return way.launch(params, static_cast<char*>(workspace), stream); });
+    return visit(params, tier,
+                 [&](const auto& way) { return way.launch(params, static_cast<char*>(workspace), stream); });
   }
 
  private:
@@ -149,8 +150,8 @@ class Launcher<Algorithm, T, Tiles<RegisterMatrices...>> {
     }
     const char* launch(const Params& params, char*, simt::Stream stream) const {
       if (choice.tier == Tier::any) return "the problem is too large for the shared memory of a block";
-      return simt::launch(solve_in_shared<InShared>, {params.problems.batch, kSharedThreads, choice.shared_bytes}, stream,
-                          params);
+      return simt::launch(solve_in_shared<InShared>, {params.problems.batch, kSharedThreads, choice.shared_bytes},
+                          stream, params);
     }
   };
   struct InStreamWay {
@@ -164,7 +165,8 @@ class Launcher<Algorithm, T, Tiles<RegisterMatrices...>> {
       Arena arena{nullptr};
       [[maybe_unused]] const typename InStream::State state(arena, p.n, p.m, threads);
       gang_bytes = static_cast<int64_t>((arena.used + 255) / 256 * 256);
-      const int64_t resident = simt::resident_blocks(solve_in_stream<InStream>, {1, threads, choice.shared_bytes, true});
+      const int64_t resident =
+          simt::resident_blocks(solve_in_stream<InStream>, {1, threads, choice.shared_bytes, true});
       if (resident == 0 || p.batch == 0) return;
       const int64_t useful = most_stripes(true, p.n, threads), fair = resident > p.batch ? resident / p.batch : 1;
       choice.blocks_per_problem = static_cast<int>(fair < useful ? fair : useful);
@@ -191,8 +193,8 @@ class Launcher<Algorithm, T, Tiles<RegisterMatrices...>> {
     const Problems& p = params.problems;
     const simt::Limits limits = simt::limits();
     Result result{};
-    const bool found =
-        (tier == Tier::any || tier == Tier::registers) && (try_registers<RegisterMatrices>(p, limits, use, result) || ...);
+    const bool found = (tier == Tier::any || tier == Tier::registers) &&
+                       (try_registers<RegisterMatrices>(p, limits, use, result) || ...);
     if (found) return result;
     if (tier != Tier::stream) {
       const InSharedWay way(p, limits);

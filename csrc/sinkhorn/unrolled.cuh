@@ -199,8 +199,7 @@ class Unrolled {
     matrix_.cols([&](Slot col) {
       state_.grad_g[col.k] = -state_.x[col.k] * state_.sums[col.k];
       if (col.counts)
-        state_.by_b[col.i] -=
-            problem_.eps * static_cast<double>(simt::quotient(state_.sums[col.k], s_before[col.k]));
+        state_.by_b[col.i] -= problem_.eps * static_cast<double>(simt::quotient(state_.sums[col.k], s_before[col.k]));
     });
     matrix_.add_product(state_.products, state_.f_over_r, state_.x, grads.cost, params_.problems.m);
   }

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "sinkhorn/cuda_kernels.h"
-#include "sinkhorn/unrolled.cuh"
 #include "sinkhorn/tiers.cuh"
+#include "sinkhorn/unrolled.cuh"
 
 namespace otface::sinkhorn {
 
