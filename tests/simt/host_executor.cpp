@@ -724,7 +724,9 @@ void check_alignment(const void* p, Where where) {
 
 std::vector<std::string> barriers() {
   std::vector<std::string> names;
-  for (const auto& [barrier, state] : barriers_reached) names.push_back(state.name);
+  for (const auto& [barrier, state] : barriers_reached) {
+    if (std::find(names.begin(), names.end(), state.name) == names.end()) names.push_back(state.name);
+  }
   return names;
 }
 
