@@ -9,7 +9,7 @@
 // that can never fill end the launch with a report. Shared memory is a heap block of exactly its size, filled with NaN.
 //
 // Sanitizers: the address sanitizer is told of each switch. For the thread sanitizer each lane is a thread of its own,
-// and a switch implies no order: only what a barrier orders on a GPU is ordered. An even and an odd barrier have tags of
+// and a switch implies no order: only what a barrier orders on a GPU is ordered. Even and odd barriers have tags of
 // their own, because a lane may release the next barrier while another still has to acquire this one. Blocks are not
 // ordered either, but since a lane is too dear to make for each block, there are two sets of lanes, used in turn: of
 // three blocks that run one after another, two are seen as ordered. This file itself must not be instrumented by the
