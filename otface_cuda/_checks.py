@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._build import build_info
+
 COST_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GRADIENT_MODES = ("envelope", "unrolled", "implicit")
+HAS_CUDA_KERNELS = "cuda" in build_info()  # asked once: torch.compile could not trace the question
 
 
 def describe(x: Any) -> str:
@@ -42,8 +45,15 @@ def check_floating(where: str, name: str, x: Any, shape: str, ranks: Sequence[in
 
 
 def check_has_kernels(where: str, name: str, x: Tensor) -> None:
-    if x.device.type != "cpu":
-        raise ValueError(f"{where}: `{name}` must be on the CPU, this version has no kernels for {x.device}")
+    if x.device.type == "cpu" or (x.device.type == "cuda" and HAS_CUDA_KERNELS):
+        return
+    if x.device.type == "cuda":
+        raise ValueError(
+            f"{where}: `{name}` must be on the CPU, because otface_cuda was built without CUDA kernels, got one on "
+            f"{x.device}; install a CUDA toolkit and a torch with CUDA and build it again (`python -m otface_cuda` "
+            "shows why it has none)"
+        )
+    raise ValueError(f"{where}: `{name}` must be on the CPU or on a CUDA device, got one on {x.device}")
 
 
 def check_dense(where: str, name: str, x: Tensor) -> None:
@@ -86,7 +96,7 @@ def per_problem(where: str, name: str, x: Any, batch: int, like_name: str, like:
             raise wrong_value(where, name, f"{expected} or a tensor of shape ({batch},)", x)
         if x.dim() > 0 or x.device.type != "cpu":  # one number may come from the CPU
             check_device(where, name, x, like_name, like)
-        values = x.to(device=like.device, dtype=torch.float64).expand(batch)
+        values = x.to(torch.float64).expand(batch)
         if checks_data(values):
             wrong = ~(values > 0) if positive else ~(values >= 0)
             wrong |= ~values.isfinite()
@@ -97,7 +107,10 @@ def per_problem(where: str, name: str, x: Any, batch: int, like_name: str, like:
                     if positive
                     else f"{where}: `{name}` must be at least 0 and finite, got {values[k].item()} for problem {k}"
                 )
-        return values
+        if values.device == like.device:
+            return values
+        # By arithmetic, which hands the number to the GPU with the launch: a copy from the CPU would wait for it.
+        return (torch.zeros((), dtype=torch.float64, device=like.device) + x).expand(batch)
     if isinstance(x, bool) or not isinstance(x, (Real, torch.SymFloat, torch.SymInt)):
         raise wrong_type(where, name, f"{expected} or a tensor of shape ({batch},)", x)
     number = float(x)

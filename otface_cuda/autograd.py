@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from . import _checks
+
 _ops = torch.ops.otface
 
 # What the implicit gradient promises: the residual of its adjoint system, relative to the right-hand side.
@@ -120,7 +122,7 @@ def gradients(
         *out, solved = _ops.sinkhorn_implicit_backward(
             *p, solution.potentials, *incoming, IMPLICIT_TOLERANCE[real_dtype(p.cost)], *wanted
         )
-        if not torch.compiler.is_compiling() and solved.device.type == "cpu" and not solved.all():
+        if _checks.checks_data(solved) and not solved.all():
             warnings.warn(
                 f"sinkhorn: the adjoint system of the implicit gradient was not solved for {int((~solved).sum())} of "
                 f"{solved.numel()} problems, whose gradients are NaN; more iterations, a larger eps or "

@@ -58,8 +58,9 @@ def sinkhorn(
     (Cuturi 2013, arXiv 1306.0895; the scaled iteration with absorption is Schmitzer 2019, arXiv 1610.06519.)
 
     Args:
-        cost: (B, n, m) or (n, m); float64, float32, bfloat16 or float16, any strides (a batch stride of 0 shares one
-            matrix). Half types are read as they are and computed in float32. ``+inf`` forbids a pair.
+        cost: (B, n, m) or (n, m), on the CPU or a CUDA device; float64, float32, bfloat16 or float16, any strides (a
+            batch stride of 0 shares one matrix). Half types are read as they are and computed in float32. ``+inf``
+            forbids a pair.
         eps: strength of the entropy, in units of the cost; a float or (B,).
         a: weights of the rows, (B, n) or (n,); ``None``: uniform. Any positive total mass, the same as that of ``b``.
         b: weights of the columns, (B, m) or (m,); ``None``: uniform.
@@ -79,7 +80,7 @@ def sinkhorn(
             - ``"implicit"``: the derivative at the fixed point, for the same outputs, whatever the number of
               iterations. Solves an adjoint system by conjugate gradients in float64 to a relative residual of 1e-7
               (1e-11 for float64 costs) in at most 100 + 10 min(n, m) steps; where that fails, the gradients are NaN
-              and a warning is given. The gradients of a and b are centred.
+              and a warning is given (on CUDA only with ``OTFACE_CHECK=1``). The gradients of a and b are centred.
         return_plan: also return the plan.
 
     Returns:
@@ -89,7 +90,8 @@ def sinkhorn(
 
     Raises:
         TypeError, ValueError: the message names the argument, what was expected and what came. Values on a CUDA device
-            are looked at only if the environment has ``OTFACE_CHECK=1``.
+            are looked at only if the environment has ``OTFACE_CHECK=1``, because that waits for the device; without it
+            nothing does, so that calls can be captured in a CUDA graph, and a wrong value gives NaN in its own problem.
         RuntimeError: in backward, for a gradient that ``grad`` does not have.
 
     >>> cost = torch.tensor([[[0.0, 1.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 1.0]]], requires_grad=True)
@@ -150,7 +152,8 @@ def sinkhorn_points(
         a, b: weights, as in :func:`sinkhorn`.
         metric: ``"cosine"``: 1 - cos(x_i, y_j), where a zero vector has cosine 0; ``"sqeuclidean"``: \|x_i - y_j\|^2;
             ``"euclidean"``: \|x_i - y_j\|, with gradient 0 where the points coincide. The two distances come from a
-            matrix product, to the rounding of \|x\|^2 about the mean point.
+            matrix product, to the rounding of \|x\|^2 about the mean point. The products are torch's, which rounds more
+            if ``torch.set_float32_matmul_precision`` allows it (TensorFloat32 on CUDA).
         max_iter, tol, check_every, row_lengths, col_lengths, init, grad, return_plan: as in :func:`sinkhorn`.
 
     Returns:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .functional import SinkhornOutput, sinkhorn, sinkhorn_points
-from .pairs import DEFAULT_CHUNK_BYTES, sinkhorn_pairs
+from .pairs import sinkhorn_pairs
 
 
 class _Solver(nn.Module):
@@ -119,7 +119,7 @@ class SinkhornPairs(_Solver):
         tol: float | Tensor = 0.0,
         check_every: int = 10,
         grad: str = "envelope",
-        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+        chunk_bytes: int | None = None,
     ) -> None:
         super().__init__(
             eps=eps,

@@ -1,7 +1,8 @@
 """`sinkhorn_pairs`: optimal transport between the point sets of listed pairs, a bounded chunk of them at a time.
 
 The two operators are opaque to tracing, because the number of different pairs depends on the data. Neither keeps a cost
-matrix: the backward computes those of a chunk again.
+matrix: the backward computes those of a chunk again. On CUDA nothing here may wait for the device, so every listed pair
+is solved there, also one that is listed twice.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from . import _checks, autograd
 from .costs import METRICS, cost_backward, cost_of_prepared, prepare_points
 from .functional import SinkhornOutput
 
-DEFAULT_CHUNK_BYTES = 32 * 2**20
+# A chunk should stay in a processor's cache, but give a GPU thousands of small problems at a time.
+DEFAULT_CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 # Both point sets of a pair and their gradients; for the distances also centred copies and the two products of each.
 COPIES_OF_POINTS = {"cosine": 4, "sqeuclidean": 8, "euclidean": 8}
 
@@ -33,13 +35,14 @@ def sinkhorn_pairs(
     tol: float | Tensor = 0.0,
     check_every: int = 10,
     grad: str = "envelope",
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> SinkhornOutput:
     r"""Entropic optimal transport between ``features[i]`` and ``features[j]`` for each listed pair (i, j).
 
     The same as :func:`otface_cuda.sinkhorn_points` on ``features[pairs[:, 0]]`` and ``features[pairs[:, 1]]``, without
-    holding those copies, their cost matrices or their gradients for more than a chunk of pairs. A pair that is listed
-    twice is solved once.
+    holding those copies, their cost matrices or their gradients for more than a chunk of pairs. On the CPU a pair that
+    is listed twice is solved once. On CUDA it is solved twice, with the same result: to find it, the host would have to
+    wait for the device.
 
     Args:
         features: (N, p, d), p points of dimension d each (the cells of a feature map, say); any float dtype, the cost
@@ -51,7 +54,8 @@ def sinkhorn_pairs(
         max_iter, tol, check_every, grad: as in :func:`otface_cuda.sinkhorn`.
         chunk_bytes: working memory at most, forward and backward, beyond arguments, results and the gradient of
             ``features``: 4 p (4 d + 2 p) bytes a pair in float32 (8 d for the two distances), and 8 p max_iter more
-            for ``grad="unrolled"``. At least one pair is done at a time.
+            for ``grad="unrolled"``. At least one pair is done at a time. ``None``: 32 MiB on the CPU, 512 MiB on CUDA.
+            The solver's and the matrix products' own working memory comes on top.
 
     Returns:
         :class:`otface_cuda.SinkhornOutput` over the K pairs; ``plan`` is None. Gradients reach ``features``, a and b,
@@ -79,7 +83,7 @@ def sinkhorn_pairs(
     _checks.check_dense(where, "pairs", pairs)
     count, points, pairs = pairs.shape[0], features.shape[0], pairs.to(torch.int64)
     if count > 0 and points == 0:
-        raise ValueError(f"{where}: `pairs` must be empty where `features` are, got {int(pairs[0, 0])} in pair 0")
+        raise ValueError(f"{where}: `pairs` must be empty where `features` are, got {count} of them")
     if _checks.checks_data(pairs) and count > 0 and not ((pairs >= 0) & (pairs < points)).all():
         k, side = (int(index) for index in ((pairs < 0) | (pairs >= points)).nonzero()[0])
         raise ValueError(f"{where}: `pairs` must be between 0 and {points - 1}, got {int(pairs[k, side])} in pair {k}")
@@ -87,6 +91,8 @@ def sinkhorn_pairs(
     _checks.check_choice(where, "grad", grad, _checks.GRADIENT_MODES)
     max_iter = _checks.check_int(where, "max_iter", max_iter, 1)
     check_every = _checks.check_int(where, "check_every", check_every, 1)
+    if chunk_bytes is None:
+        chunk_bytes = DEFAULT_CHUNK_BYTES[features.device.type]
     chunk_bytes = _checks.check_int(where, "chunk_bytes", chunk_bytes, 1)
     eps = _checks.per_problem(where, "eps", eps, count, "features", features, positive=True)
     tol = _checks.per_problem(where, "tol", tol, count, "features", features, positive=False)
@@ -155,25 +161,28 @@ class _Distinct(NamedTuple):
 
     first: Tensor  # (U,) index into the features, within range
     second: Tensor  # (U,)
-    listed: Tensor  # (U,) the first place in the list where the pair stands
-    which: Tensor  # (K,) into the U
     valid: Tensor  # (U,) False where an index was out of range
+    listed: Tensor | None  # (U,) the first place in the list where the pair stands; None: U = K, each in its place
+    which: Tensor | None  # (K,) into the U
+
+    def places(self, rows: slice) -> slice | Tensor:
+        """Where these of the different pairs stand in the list."""
+        return rows if self.listed is None else self.listed[rows]
 
 
 def _distinct(pairs: Tensor, eps: Tensor, tol: Tensor, points: int, own_weights: bool) -> _Distinct:
-    count = pairs.shape[0]
-    places = torch.arange(count, device=pairs.device)
-    if own_weights:
-        listed = which = places
-    else:
+    listed = which = None
+    if not own_weights and pairs.device.type == "cpu":  # elsewhere torch.unique would wait for the device
         # Two entries of the list are one problem if eps and tol are the same too.
         keys = torch.cat([pairs.double(), eps[:, None], tol[:, None]], dim=1)
         distinct, which = torch.unique(keys, dim=0, return_inverse=True)
-        listed = torch.full((distinct.shape[0],), count, device=pairs.device)
+        places = torch.arange(pairs.shape[0], device=pairs.device)
+        listed = torch.full((distinct.shape[0],), pairs.shape[0], device=pairs.device)
         listed.scatter_reduce_(0, which, places, "amin")
-    first, second = pairs[listed].unbind(1)
+        pairs = pairs[listed]
+    first, second = pairs.unbind(1)
     valid = (first >= 0) & (first < points) & (second >= 0) & (second < points)
-    return _Distinct(torch.where(valid, first, 0), torch.where(valid, second, 0), listed, which, valid)
+    return _Distinct(torch.where(valid, first, 0), torch.where(valid, second, 0), valid, listed, which)
 
 
 class _Chunk(NamedTuple):
@@ -187,15 +196,17 @@ class _Chunk(NamedTuple):
 def _chunks(
     features: Tensor, distinct: _Distinct, eps: Tensor, a: Tensor | None, b: Tensor | None, metric: str, size: int
 ) -> Iterator[_Chunk]:
+    count = distinct.first.shape[0]
     # An index out of range is solved as some other pair with eps NaN: its results are NaN, nothing is out of bounds.
-    eps = torch.where(distinct.valid, eps[distinct.listed], torch.nan)
-    for begin in range(0, distinct.first.shape[0], size):
+    eps = torch.where(distinct.valid, eps[distinct.places(slice(count))], torch.nan)
+    for begin in range(0, count, size):
         rows = slice(begin, begin + size)
         x = features.index_select(0, distinct.first[rows])
         y = features.index_select(0, distinct.second[rows])
         cost = cost_of_prepared(x, y, metric)
+        # Where a weight is each pair's own, no two pairs are one problem.
         weights_a, weights_b = (
-            None if w is None else w.expand(distinct.which.shape[0], -1)[distinct.listed[rows]] for w in (a, b)
+            None if w is None else w.expand(len(x), -1) if w.shape[0] == 1 else w[rows] for w in (a, b)
         )
         yield _Chunk(rows, x, y, cost, autograd.Problems(cost, eps[rows], weights_a, weights_b, None, None))
 
@@ -227,11 +238,11 @@ def _forward(
     size = _chunk_size(features, metric, max_iter, grad, chunk_bytes)
     settings = autograd.Settings("sinkhorn_pairs", max_iter, check_every, grad, False)
     for chunk in _chunks(features, distinct, eps, a, b, metric, size):
-        listed = distinct.listed[chunk.rows]
-        solution = autograd.solve(chunk.problems, tol[listed], None, settings, False)
+        places = distinct.places(chunk.rows)
+        solution = autograd.solve(chunk.problems, tol[places], None, settings, False)
         for result, part in zip(out, (*solution[:4], *solution[5:9]), strict=True):
-            result[listed] = part
-    if distinct.listed.shape[0] < pairs.shape[0]:
+            result[places] = part
+    if distinct.listed is not None and distinct.listed.shape[0] < pairs.shape[0]:
         for result in out:  # what is listed again
             result.copy_(result[distinct.listed[distinct.which]])
     return out
@@ -268,18 +279,20 @@ def _backward(
     ]
     if count > 0:
         distinct = _distinct(pairs, eps, tol, features.shape[0], _one_per_pair(a, b))
-        incoming = [
-            None if x is None else x.new_zeros(distinct.first.shape[0], *x.shape[1:]).index_add_(0, distinct.which, x)
-            for x in (grad_value, grad_transport_cost, grad_f, grad_g)
-        ]
+        incoming = [grad_value, grad_transport_cost, grad_f, grad_g]
+        if distinct.which is not None:
+            incoming = [
+                None if x is None else x.new_zeros(len(distinct.first), *x.shape[1:]).index_add_(0, distinct.which, x)
+                for x in incoming
+            ]
         size = _chunk_size(features, metric, max_iter, grad, chunk_bytes)
         settings = autograd.Settings("sinkhorn_pairs", max_iter, check_every, grad, False)
         for chunk in _chunks(features, distinct, eps, a, b, metric, size):
-            listed = distinct.listed[chunk.rows]
+            places = distinct.places(chunk.rows)
             if grad == "unrolled":  # its history is not kept: solve once more
-                solution = autograd.solve(chunk.problems, tol[listed], None, settings, True)
+                solution = autograd.solve(chunk.problems, tol[places], None, settings, True)
             else:
-                solution = autograd.solution_for_backward(potentials[listed], n_iter[listed])
+                solution = autograd.solution_for_backward(potentials[places], n_iter[places])
             value, transport_cost, f, g = (None if x is None else x[chunk.rows] for x in incoming)
             parts = autograd.OutputGradients(value, transport_cost, f, g, None)
             grads = autograd.gradients(chunk.problems, solution, grad, parts, (want_features, want_a, want_b))
@@ -290,7 +303,7 @@ def _backward(
                 _add_rows(grad_features, distinct.second[chunk.rows], grad_y)
             for out, part in zip(grad_weights, grads[1:], strict=True):
                 if part is not None:
-                    out[listed] = part
+                    out[places] = part
     # A weight that all pairs share gets the sum over the list; one of a pair its own (duplicates were added up above).
     grad_a, grad_b = (
         x.sum(0, keepdim=True) if w is not None and x.numel() > 0 and w.shape[0] == 1 != count else x

@@ -198,7 +198,7 @@ def test_return_plan(function: str, case: Case, device: str) -> None:
     negative=(-1, ValueError, "got -1"),
     float=(1e6, TypeError, "got 1000000.0"),
     bool=(True, TypeError, "got True"),
-    none=(None, TypeError, "got None"),
+    string=("1", TypeError, "got '1'"),
 )
 def test_chunk_bytes(case: Case, device: str) -> None:
     check_refused("sinkhorn_pairs", "chunk_bytes", case, device)

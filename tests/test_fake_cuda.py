@@ -1,0 +1,279 @@
+"""CUDA tensors that have a shape but no data (torch's FakeTensorMode), for which no GPU is needed: the functions accept
+them, the results lie where they should, and on the way nothing asks for data, which on a GPU would wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import otface_cuda
+from otface_cuda import _checks, autograd, costs, pairs
+
+from .problems import DTYPES, output_dtype
+
+MODES = ["envelope", "unrolled", "implicit"]
+METRICS = ["cosine", "sqeuclidean", "euclidean"]
+B, N, M, D, FEATURES = 3, 4, 5, 2, 6
+
+every_mode = pytest.mark.parametrize("mode", MODES)
+every_metric = pytest.mark.parametrize("metric", METRICS)
+
+
+class WaitError(Exception):
+    """The host would wait for the GPU here, and a CUDA graph could not be captured."""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises for what FakeTensorMode lets pass: copies between host and device, and masks, which are counted first."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if op.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
+            masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
+            if masks:
+                raise WaitError(f"{op} with a mask")
+        out = op(*args, **kwargs)
+        if op.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
+            if len(devices) > 1:
+                raise WaitError(f"{op} between {devices}")
+        return out
+
+
+@pytest.fixture(autouse=True)
+def fake_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels need not be there: only their shapes are asked for."""
+    monkeypatch.setattr(_checks, "HAS_CUDA_KERNELS", True)
+    monkeypatch.delenv("OTFACE_CHECK", raising=False)
+    with FakeTensorMode(), NoWaiting():
+        yield
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.rand(shape, dtype=dtype, device="cuda")
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.int64, device="cuda")
+
+
+def check_outputs(out: otface_cuda.SinkhornOutput, batch: tuple[int, ...], n: int, m: int, real: torch.dtype) -> None:
+    shapes = [batch, batch, (*batch, n), (*batch, m), (*batch, n, m), batch, batch, batch]
+    for x, shape, dtype in zip(out, shapes, [real] * 6 + [torch.int64, torch.bool], strict=True):
+        if x is not None:
+            assert x.shape == shape
+            assert x.dtype == dtype
+            assert x.device == torch.device("cuda:0")
+
+
+def check_gradients(gradients: Any, inputs: list[Tensor]) -> None:
+    for gradient, x in zip(gradients, inputs, strict=True):
+        assert gradient.shape == x.shape
+        assert gradient.dtype == x.dtype
+        assert gradient.device == x.device
+
+
+# What a call brings along.
+OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    "none": lambda: {"eps": 0.1},
+    "per problem": lambda: {"eps": rand(B), "tol": rand(B, dtype=torch.float64), "check_every": 3},
+    "a": lambda: {"eps": 0.1, "a": rand(N)},
+    "b": lambda: {"eps": 0.1, "b": rand(B, M, dtype=torch.bfloat16)},
+    "both": lambda: {"eps": 0.1, "a": rand(B, N), "b": rand(M)},
+    "lengths": lambda: {"eps": 0.1, "row_lengths": ones(B), "col_lengths": ones(B).to(torch.int32), "b": rand(B, M)},
+    "init": lambda: {"eps": 0.1, "init": (None, rand(B, M, dtype=torch.float64))},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sinkhorn(dtype: torch.dtype, options: str) -> None:
+    out = otface_cuda.sinkhorn(rand(B, N, M, dtype=dtype), **OPTIONS[options](), return_plan=True)
+    check_outputs(out, (B,), N, M, output_dtype(dtype))
+
+
+def test_settings_from_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One number may lie there in a tensor: it can be looked at, and is not copied."""
+    arguments = rand(B, N, M), torch.tensor(0.1)
+    with pytest.raises(DataDependentOutputException):  # the tensors of these tests have no data on the CPU either
+        otface_cuda.sinkhorn(*arguments)
+    monkeypatch.setattr(_checks, "checks_data", lambda x: False)
+    out = otface_cuda.sinkhorn(*arguments, tol=torch.tensor(1))
+    check_outputs(out, (B,), N, M, torch.float32)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@every_metric
+def test_points(metric: str, options: str) -> None:
+    x, y = rand(B, N, D, dtype=torch.bfloat16), rand(B, M, D, dtype=torch.bfloat16)
+    out = otface_cuda.sinkhorn_points(x, y, metric=metric, **OPTIONS[options](), return_plan=True)
+    check_outputs(out, (B,), N, M, torch.float32)
+
+
+def test_unbatched() -> None:
+    check_outputs(otface_cuda.sinkhorn(rand(N, M), 0.1, row_lengths=ones()), (), N, M, torch.float32)
+    check_outputs(otface_cuda.sinkhorn_points(rand(N, D), rand(M, D), 0.1), (), N, M, torch.float32)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@every_mode
+def test_with_and_without_a_graph(mode: str, requires_grad: bool) -> None:
+    cost, features = rand(B, N, M).requires_grad_(requires_grad), rand(FEATURES, N, D).requires_grad_(requires_grad)
+    for out, m in (
+        (otface_cuda.sinkhorn(cost, 0.1, grad=mode), M),
+        (otface_cuda.sinkhorn_pairs(features, ones(B, 2), 0.1, grad=mode), N),
+    ):
+        check_outputs(out, (B,), N, m, torch.float32)
+        assert out.value.requires_grad == requires_grad
+
+
+def incoming_of(out: otface_cuda.SinkhornOutput, mode: str) -> autograd.OutputGradients:
+    names = ["value"] if mode == "envelope" else autograd.OutputGradients._fields
+    given = {name: torch.ones_like(getattr(out, name)) for name in names if getattr(out, name) is not None}
+    return autograd.OutputGradients(**dict.fromkeys(autograd.OutputGradients._fields) | given)
+
+
+# torch's autograd engine asks for a GPU, so the bodies of the derivatives are called here, as it would.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_mode
+def test_gradients(mode: str, dtype: torch.dtype) -> None:
+    real = output_dtype(dtype)
+    cost, a, b = inputs = [rand(B, N, M, dtype=dtype), rand(B, N, dtype=real), rand(B, M, dtype=real)]
+    eps, tol = rand(B, dtype=torch.float64), rand(B, dtype=torch.float64)
+    problems = autograd.Problems(cost, eps, a, b, ones(B), None)
+    settings = autograd.Settings("sinkhorn", 7, 1, mode, True)
+    solution = autograd.solve(problems, tol, None, settings, want_history=mode == "unrolled")
+    out = otface_cuda.SinkhornOutput(*solution[:8])
+    gradients = autograd.gradients(problems, solution, mode, incoming_of(out, mode), (True, True, True))
+    check_gradients(gradients, inputs)
+
+
+@every_metric
+def test_gradients_of_points(metric: str) -> None:
+    points = [rand(B, N, D), rand(B, M, D)]
+    x, y = (costs.prepare_points(p, metric) for p in points)
+    cost = costs.cost_of_prepared(x, y, metric)
+    assert cost.shape == (B, N, M)
+    check_gradients(costs.cost_backward(torch.ones_like(cost), cost, x, y, metric), points)
+
+
+def number_of_weights(kind: str, count: int) -> tuple[int, int] | None:
+    return {"none": None, "shared": (1, 1), "own": (count, count), "shared and own": (1, count)}[kind]
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2**30])
+@pytest.mark.parametrize("weights", ["none", "shared", "own", "shared and own"])
+@every_mode
+@every_metric
+def test_pairs(metric: str, mode: str, weights: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every listed pair is solved: to find those that are listed twice, the host would have to wait."""
+    count, features = 7, rand(FEATURES, N, D)
+    rows = number_of_weights(weights, count)
+    a, b = (None, None) if rows is None else (rand(k, N) for k in rows)
+    eps, tol = rand(count, dtype=torch.float64), rand(1, dtype=torch.float64).expand(count)
+    arguments = (features, ones(count, 2), eps, a, b, tol, metric, 5, 2, mode, chunk_bytes)
+    solved: list[int] = []
+    solve = autograd.solve
+
+    def count_problems(problems: autograd.Problems, *args: Any, **options: Any) -> autograd.Solution:
+        solved.append(problems.cost.shape[0])
+        return solve(problems, *args, **options)
+
+    monkeypatch.setattr(autograd, "solve", count_problems)
+    *results, potentials = pairs._forward._init_fn(*arguments)
+    value, transport_cost, f, g, error, n_iter, converged = results
+    out = otface_cuda.SinkhornOutput(value, transport_cost, f, g, None, error, n_iter, converged)
+    check_outputs(out, (count,), N, N, torch.float32)
+    assert solved == ([1] * count if chunk_bytes == 1 else [count])
+    incoming = incoming_of(out, mode)[:4]
+    wanted = (True, a is not None, b is not None)
+    gradients = pairs._backward._init_fn(*arguments, potentials, n_iter, *incoming, *wanted)
+    check_gradients(gradients[: 1 + 2 * (a is not None)], [x for x in (features, a, b) if x is not None])
+
+
+@pytest.mark.parametrize("name", ["sinkhorn_pairs_forward", "sinkhorn_pairs_backward"])
+def test_fakes_of_the_pairs(name: str) -> None:
+    """What tracing is told of the operators is what their bodies give."""
+    body = {"sinkhorn_pairs_forward": pairs._forward, "sinkhorn_pairs_backward": pairs._backward}[name]._init_fn
+    eps = rand(7, dtype=torch.float64)
+    arguments = (rand(FEATURES, N, D), ones(7, 2), eps, rand(1, N), rand(7, N), eps, "cosine", 5, 2, "implicit", 2**20)
+    if name == "sinkhorn_pairs_backward":
+        *results, potentials = pairs._forward._init_fn(*arguments)
+        arguments = (*arguments, potentials, results[5], *results[:4], True, True, True)
+    for x, y in zip(body(*arguments), getattr(torch.ops.otface, name)(*arguments), strict=True):
+        assert (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
+
+
+@pytest.mark.parametrize("function", ["sinkhorn", "sinkhorn_points", "sinkhorn_pairs"])
+def test_values_are_looked_at_when_the_environment_says_so(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTFACE_CHECK", "1")
+    arguments = {
+        "sinkhorn": (rand(B, N, M), rand(B)),
+        "sinkhorn_points": (rand(B, N, D), rand(B, M, D), rand(B)),
+        "sinkhorn_pairs": (rand(FEATURES, N, D), ones(B, 2), 0.1),
+    }
+    with pytest.raises(DataDependentOutputException):
+        getattr(otface_cuda, function)(*arguments[function])
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool((x > 0).all()),
+        lambda x: x[0] if x.any() else x[1],
+        lambda x: x.nonzero(),
+        lambda x: x.unique(dim=0),
+        lambda x: x[x > 0],
+        lambda x: x.index_put_((x > 0,), x[0]),
+        lambda x: x.cpu(),
+        lambda x: torch.ones(3).to("cuda"),
+        lambda x: torch.tensor(0.5).to("cuda"),
+        lambda x: x.copy_(torch.ones(3)),
+        lambda x: torch.tensor([1.0, 2.0], device="cuda"),
+        lambda x: torch.tensor(1.0, device="cuda"),
+        lambda x: torch.as_tensor([1.0], device="cuda"),
+    ],
+)
+def test_these_tests_notice_what_waits(wait: Callable[[Tensor], Any]) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011, torch has several for it
+        wait(rand(2, 3))
+    assert isinstance(caught.value, WaitError) or type(caught.value).__name__.startswith(
+        ("DataDependent", "DynamicOutput")
+    )
+
+
+# Which devices there are kernels for
+
+
+def check_refused(device: str, *expected: str) -> None:
+    x, index = torch.rand(B, N, D, device=device), torch.ones(B, 2, dtype=torch.int64, device=device)
+    for name, call in {
+        "cost": lambda: otface_cuda.sinkhorn(x, 0.1),
+        "x": lambda: otface_cuda.sinkhorn_points(x, x, 0.1),
+        "features": lambda: otface_cuda.sinkhorn_pairs(x, index, 0.1),
+    }.items():
+        with pytest.raises(ValueError, match=f"`{name}` must be on the CPU") as caught:
+            call()
+        assert all(words in str(caught.value) for words in (device, *expected))
+
+
+def test_a_build_without_cuda_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_checks, "HAS_CUDA_KERNELS", False)
+    check_refused("cuda:0", "built without CUDA kernels", "install a CUDA toolkit", "python -m otface_cuda")
+
+
+@pytest.mark.parametrize("device", ["meta", "xpu:0", "mps:0"])
+def test_other_devices(device: str) -> None:
+    check_refused(device, "or on a CUDA device")
