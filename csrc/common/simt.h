@@ -153,6 +153,13 @@ __device__ __forceinline__ void gang_barrier(unsigned* counter, unsigned blocks,
 // *flag = 1, where several blocks may do so at the same time.
 __device__ __forceinline__ void mark(int* flag) { atomicExch(flag, 1); }
 
+// x, of which the compiler knows nothing: what is computed from it stays behind this line, where it would otherwise be taken
+// out of a loop and occupy registers there.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // 16 bytes at once; p must be 16-byte aligned. T: float, double or uint16_t
 template <class T>
 __device__ __forceinline__ Pack<T> load_pack(const T* p) {

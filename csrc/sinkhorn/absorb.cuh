@@ -34,11 +34,12 @@ struct State {
         x(arena, M::col_count(m)) {}
 };
 
-// Weights into the team's memory, masses and validity into `p`. Ends with everything visible to the team.
+// The problem with its weights, masses and validity. Ends with everything visible to the team.
 template <class M>
 OTFACE_DEVICE void read_problem(M& matrix, State<M>& state, const Problems& all, Problem& p, int64_t index) {
   using T = typename M::T;
-  p.read(all, index);
+  if (matrix.is_first_here()) p.read(all, index);
+  matrix.sync();
   matrix.read_cost(all);
   matrix.rows([&](Slot row) {
     state.empty_rows.set(row, row.i >= p.rows);
@@ -49,12 +50,25 @@ OTFACE_DEVICE void read_problem(M& matrix, State<M>& state, const Problems& all,
     if (col.counts) state.b[col.i] = read_weight<T>(all, all.b, p.index, col.i, p.cols);
   });
   matrix.sync();
-  p.weigh(matrix, state.a, state.b);
-}
-
-template <class M>
-OTFACE_DEVICE void set_x_to_b(M& matrix, State<M>& state) {
-  matrix.cols([&](Slot col) { state.x[col.k] = state.b[col.i]; });
+  double of_a[3], of_b[3];  // the mass, how many are negative or NaN, how many are zero
+  const auto add = [](T w, double* sums) {
+    sums[0] += static_cast<double>(w);
+    sums[1] += w >= 0 ? 0.0 : 1.0;
+    sums[2] += w == 0 ? 1.0 : 0.0;
+  };
+  matrix.template sum_rows<3>(of_a, [&](Slot row, double* sums) {
+    if (row.i < p.rows) add(state.a[row.i], sums);
+  });
+  matrix.template sum_cols<3>(of_b, [&](Slot col, double* sums) {
+    if (col.i < p.cols) add(state.b[col.i], sums);
+  });
+  if (matrix.is_first_here()) {
+    p.mass_a = of_a[0];
+    p.mass_b = of_b[0];
+    p.has_zero_in_b = of_b[2] > 0;
+    p.valid = p.valid && of_a[1] == 0 && of_b[1] == 0 && p.mass_a > 0 && p.mass_b > 0 && is_finite(p.mass_a) &&
+              is_finite(p.mass_b);
+  }
   matrix.sync();
 }
 

@@ -54,10 +54,9 @@ class Forward {
     matrix_.rows([&](Slot row) { state_.r[row.k] = 1; });
     bool solved = matrix_.all(finite) && p.valid;
     matrix_.sync();
-    const double tol = params_.tol[p.index * params_.tol_stride];
 
     const int max_iter = to_int(params_.max_iter), check_every = to_int(params_.check_every);
-    int iteration = 0, next_look = check_every;
+    int iteration = 0, next_look = tol() > 0 ? check_every : kMostIterations + 1;
     bool active = solved, starts_anew = solved;
     for (;;) {
       if (matrix_.any_in_domain(starts_anew)) {
@@ -82,11 +81,11 @@ class Forward {
             state_.x[col.k] = simt::quotient(state_.b[col.i], sum);
           });
       // The row sums of this sweep tell how far the plan of the last iteration was from its row marginals.
-      const bool looks = active && tol > 0 && iteration == next_look;
+      const bool looks = active && iteration == next_look;
       next_look += looks ? check_every : 0;
       if (matrix_.any_in_domain(looks)) {
         const double violation = row_violation();
-        active = active && !(looks && violation <= tol);
+        active = active && !(looks && violation <= tol());
       }
       const bool accepted = active && in_band;
       matrix_.replace(state_.r, state_.r_next, accepted);
@@ -97,12 +96,14 @@ class Forward {
       }
       starts_anew = active && !in_band;
     }
-    finish(solved, iteration, tol);
+    finish(solved, iteration);
   }
 
  private:
-  // More iterations than that are never done; an int takes one register less.
-  OTFACE_DEVICE static int to_int(int64_t x) { return x < 0x40000000 ? static_cast<int>(x) : 0x40000000; }
+  // More are never done; an int takes one register less.
+  static constexpr int kMostIterations = 0x40000000;
+  OTFACE_DEVICE static int to_int(int64_t x) { return x < kMostIterations ? static_cast<int>(x) : kMostIterations; }
+  OTFACE_DEVICE double tol() const { return params_.tol[problem_.index * params_.tol_stride]; }
 
   // An iteration in the log domain from g = g0 - eps log s, rounded to what the history can hold: the gradient then sees
   // the same bits.
@@ -157,7 +158,7 @@ class Forward {
     return sum[0] / problem_.mass_a;
   }
 
-  OTFACE_DEVICE void finish(bool solved, int iteration, double tol) {
+  OTFACE_DEVICE void finish(bool solved, int iteration) {
     const Problem& p = problem_;
     const Problems& all = params_.problems;
 
@@ -166,16 +167,20 @@ class Forward {
       if (col.counts) state_.x_of_all[col.i] = simt::quotient(state_.b[col.i], state_.s[col.k]);
     });
     matrix_.sync();
-    matrix_.template reduce_entries<2, 0>(
+    // One after the other: two sums per row of a tile would not fit beside K in registers.
+    matrix_.template reduce_entries<1, 0>(
+        [&](int, int j, T k, T* by_row, T*, bool) { by_row[0] += k * state_.x_of_all[j]; },
+        [&](Slot row, const T* sums) {
+          if (row.keeps) state_.r_next[row.k] = sums[0];
+        },
+        [](Slot, const T*) {});
+    matrix_.template reduce_entries<1, 0>(
         [&](int i, int j, T k, T* by_row, T*, bool) {
-          const T entry = k * state_.x_of_all[j];
-          by_row[0] += entry;
-          by_row[1] += entry * least_of(matrix_.cost(i, j), LargestOf<T>::value);  // forbidden: 0 times a finite number
+          const T c = least_of(matrix_.cost(i, j), LargestOf<T>::value);  // forbidden: 0 times a finite number
+          by_row[0] += k * state_.x_of_all[j] * c;
         },
         [&](Slot row, const T* sums) {
-          if (!row.keeps) return;
-          state_.r_next[row.k] = sums[0];
-          state_.cost_of_row[row.k] = sums[1];
+          if (row.keeps) state_.cost_of_row[row.k] = sums[0];
         },
         [](Slot, const T*) {});
     double sums[2];
@@ -221,7 +226,7 @@ class Forward {
         write(params_.transport_cost, sums[1]);
         write(params_.error, error);
         params_.n_iter[p.index] = solved ? iteration : 0;
-        params_.converged[p.index] = solved && error <= tol;
+        params_.converged[p.index] = solved && error <= tol();
       }
     }
     matrix_.sync();  // the team's memory is free for the next problem

@@ -51,7 +51,7 @@ class Implicit {
   OTFACE_DEVICE void run(int64_t index) {
     const Problems& all = params_.problems;
     read_problem(matrix_, s_, all, p_, index);
-    const Gradients<Real> grads(params_, p_.index);
+    const Gradients<Real> grads{params_, p_};
     const double* potentials = params_.potentials + p_.index * (all.n + all.m);
     const bool solved = p_.valid && is_finite(potentials[0]);
     const bool converged = solved && differentiate(potentials, grads);
@@ -89,7 +89,7 @@ class Implicit {
           s_.sigma[col.i] = sum > 0 ? sum : 1;
           s_.empty_cols.set(col, !(sum > 0));
         });
-    fill_cost_gradient(matrix_, all, p_, grads.cost, Real(0));
+    fill_cost_gradient(matrix_, all, p_, grads.cost(), Real(0));
     matrix_.sync();
     differentiate_outputs(matrix_, s_, all, p_, potentials, grads);
     matrix_.rows([&](Slot row) { s_.rho[row.i] = s_.rho[row.i] > 0 ? s_.rho[row.i] : 1; });
@@ -107,13 +107,14 @@ class Implicit {
     double of_a[1], of_b[1];
     matrix_.template sum_rows<1>(of_a, [&](Slot row, double* to) { to[0] += s_.by_a[row.i]; });
     matrix_.template sum_cols<1>(of_b, [&](Slot col, double* to) { to[0] += s_.by_b[col.i]; });
-    write_weights_gradient(matrix_, s_.by_a, p_.rows, all.n, of_a[0] / p_.rows, grads.a);
-    write_weights_gradient(matrix_, s_.by_b, p_.cols, all.m, of_b[0] / p_.cols, grads.b);
-    if (grads.cost == nullptr) return true;
+    write_weights_gradient(matrix_, s_.by_a, p_.rows, all.n, of_a[0] / p_.rows, grads.a());
+    write_weights_gradient(matrix_, s_.by_b, p_.cols, all.m, of_b[0] / p_.cols, grads.b());
+    Real* cost = grads.cost();
+    if (cost == nullptr) return true;
     matrix_.template reduce_entries<0, 0>(
         [&](int i, int j, double e, double*, double*, bool) {
           const double through = s_.a[i] * (e * s_.x[j]) + s_.b[j] * (e * s_.f_over_rho[i]);
-          Real& out = grads.cost[i * all.m + j];
+          Real& out = cost[i * all.m + j];
           out = static_cast<Real>(static_cast<double>(out) + through);
         },
         [](Slot, const double*) {}, [](Slot, const double*) {});

@@ -117,6 +117,7 @@ class MemoryMatrix {
         thread_(simt::thread_index()),
         threads_(simt::block_threads()) {}
 
+  OTFACE_DEVICE bool is_first_here() const { return thread_ == 0; }  // of the team in this block
   OTFACE_DEVICE int thread_in_team() const { return block_ * threads_ + thread_; }
   OTFACE_DEVICE int team_threads() const { return blocks_ * threads_; }
 

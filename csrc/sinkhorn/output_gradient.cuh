@@ -27,31 +27,32 @@ struct GradientState : State<M> {
         inverse_s(arena.take<T>(M::col_count(m))) {}
 };
 
-// The incoming gradients of one problem and its outgoing ones, null where nothing was asked for. Real is their type.
+// The incoming gradients of one problem and its outgoing ones, null where nothing was asked for. Real is their type. Found
+// anew each time: kept, the addresses would take registers from K.
 template <class Real>
 struct Gradients {
-  double value = 0, transport_cost = 0;
-  const Real *f, *g, *plan;  // [n], [m], [n, m]
-  Real *cost, *a, *b;        // [n, m], [n], [m]
+  const BackwardParams& params;
+  const Problem& p;
 
-  OTFACE_DEVICE Gradients(const BackwardParams& params, int64_t index) {
-    const int64_t n = params.problems.n, m = params.problems.m;
-    const auto in = [&](const void* p, int64_t count) {
-      return p == nullptr ? nullptr : static_cast<const Real*>(p) + index * count;
-    };
-    const auto out = [&](void* p, int64_t count) {
-      return p == nullptr ? nullptr : static_cast<Real*>(p) + index * count;
-    };
-    if (params.grad_value != nullptr) value = static_cast<double>(*in(params.grad_value, 1));
-    if (params.grad_transport_cost != nullptr) transport_cost = static_cast<double>(*in(params.grad_transport_cost, 1));
-    f = in(params.grad_f, n);
-    g = in(params.grad_g, m);
-    plan = in(params.grad_plan, n * m);
-    cost = out(params.grad_cost, n * m);
-    a = out(params.grad_a, n);
-    b = out(params.grad_b, m);
+  OTFACE_DEVICE double value() const { return of_problem(params.grad_value); }
+  OTFACE_DEVICE double transport_cost() const { return of_problem(params.grad_transport_cost); }
+  OTFACE_DEVICE const Real* f() const { return in(params.grad_f, params.problems.n); }
+  OTFACE_DEVICE const Real* g() const { return in(params.grad_g, params.problems.m); }
+  OTFACE_DEVICE const Real* plan() const { return in(params.grad_plan, params.problems.n * params.problems.m); }
+  OTFACE_DEVICE Real* cost() const { return out(params.grad_cost, params.problems.n * params.problems.m); }
+  OTFACE_DEVICE Real* a() const { return out(params.grad_a, params.problems.n); }
+  OTFACE_DEVICE Real* b() const { return out(params.grad_b, params.problems.m); }
+
+ private:
+  OTFACE_DEVICE double of_problem(const void* x) const {
+    return x == nullptr ? 0.0 : static_cast<double>(static_cast<const Real*>(x)[p.index]);
   }
-  OTFACE_DEVICE bool involves_plan() const { return plan != nullptr || transport_cost != 0; }
+  OTFACE_DEVICE const Real* in(const void* x, int64_t count) const {
+    return x == nullptr ? nullptr : static_cast<const Real*>(x) + p.index * count;
+  }
+  OTFACE_DEVICE Real* out(void* x, int64_t count) const {
+    return x == nullptr ? nullptr : static_cast<Real*>(x) + p.index * count;
+  }
 };
 
 // x inside the problem, 0 in the padding, everywhere in the gradients of the cost.
@@ -65,11 +66,12 @@ OTFACE_DEVICE void fill_cost_gradient(M& matrix, const Problems& all, const Prob
 template <class M, class Real>
 OTFACE_DEVICE void write_nan_gradients(M& matrix, const Problems& all, const Problem& p, const Gradients<Real>& out) {
   const Real bad = static_cast<Real>(kNaN);
-  fill_cost_gradient(matrix, all, p, out.cost, bad);
-  for (int64_t i = matrix.thread_in_team(); out.a != nullptr && i < all.n; i += matrix.team_threads())
-    out.a[i] = i < p.rows ? bad : Real(0);
-  for (int64_t j = matrix.thread_in_team(); out.b != nullptr && j < all.m; j += matrix.team_threads())
-    out.b[j] = j < p.cols ? bad : Real(0);
+  fill_cost_gradient(matrix, all, p, out.cost(), bad);
+  Real *a = out.a(), *b = out.b();
+  for (int64_t i = matrix.thread_in_team(); a != nullptr && i < all.n; i += matrix.team_threads())
+    a[i] = i < p.rows ? bad : Real(0);
+  for (int64_t j = matrix.thread_in_team(); b != nullptr && j < all.m; j += matrix.team_threads())
+    b[j] = j < p.cols ? bad : Real(0);
 }
 
 // Weights are compared along directions that keep the masses equal, so that a constant may be added to their gradient: its
@@ -88,25 +90,27 @@ template <class M, class Real>
 OTFACE_DEVICE void differentiate_outputs(M& matrix, GradientState<M>& state, const Problems& all, const Problem& p,
                                          const double* potentials, const Gradients<Real>& grads) {
   using T = typename M::T;
+  const double by_value = grads.value();
+  const Real *of_f = grads.f(), *of_g = grads.g();
   matrix.rows([&](Slot row) {
     if (!row.counts) return;
     const bool counts = row.i < p.rows && !state.empty_rows.get(row);
     const double a = static_cast<double>(state.a[row.i]);
-    state.by_f[row.i] = counts ? grads.value * a + (grads.f == nullptr ? 0.0 : static_cast<double>(grads.f[row.i])) : 0;
-    state.by_a[row.i] = counts ? grads.value * potentials[row.i] : 0;
+    state.by_f[row.i] = counts ? by_value * a + (of_f == nullptr ? 0.0 : static_cast<double>(of_f[row.i])) : 0;
+    state.by_a[row.i] = counts ? by_value * potentials[row.i] : 0;
   });
   matrix.cols([&](Slot col) {
     if (!col.counts) return;
     const bool counts = col.i < p.cols && !state.empty_cols.get(col);
     const double b = static_cast<double>(state.b[col.i]);
-    state.by_g[col.i] = counts ? grads.value * b + (grads.g == nullptr ? 0.0 : static_cast<double>(grads.g[col.i])) : 0;
-    state.by_b[col.i] = counts ? grads.value * potentials[all.n + col.i] : 0;
+    state.by_g[col.i] = counts ? by_value * b + (of_g == nullptr ? 0.0 : static_cast<double>(of_g[col.i])) : 0;
+    state.by_b[col.i] = counts ? by_value * potentials[all.n + col.i] : 0;
   });
   matrix.sync();
-  double of_f[1], of_g[1];
-  matrix.template sum_rows<1>(of_f, [&](Slot row, double* to) { to[0] += state.by_f[row.i]; });
-  matrix.template sum_cols<1>(of_g, [&](Slot col, double* to) { to[0] += state.by_g[col.i]; });
-  const double shift = (of_f[0] - of_g[0]) / (p.mass_a + p.mass_b);
+  double sum_f[1], sum_g[1];
+  matrix.template sum_rows<1>(sum_f, [&](Slot row, double* to) { to[0] += state.by_f[row.i]; });
+  matrix.template sum_cols<1>(sum_g, [&](Slot col, double* to) { to[0] += state.by_g[col.i]; });
+  const double shift = (sum_f[0] - sum_g[0]) / (p.mass_a + p.mass_b);
   matrix.rows([&](Slot row) {
     if (!row.counts || row.i >= p.rows) return;
     state.by_f[row.i] -= shift * static_cast<double>(state.a[row.i]);
@@ -118,23 +122,24 @@ OTFACE_DEVICE void differentiate_outputs(M& matrix, GradientState<M>& state, con
     state.by_b[col.i] += shift * potentials[all.n + col.i];
   });
   matrix.sync();
-  if (!grads.involves_plan()) return;
+  const Real* of_plan = grads.plan();
+  if (of_plan == nullptr && grads.transport_cost() == 0) return;
 
   const T inverse_eps = static_cast<T>(least_of(1 / p.eps, static_cast<double>(LargestOf<T>::value)));
-  const T by_cost = static_cast<T>(grads.transport_cost);
+  const T by_cost = static_cast<T>(grads.transport_cost());
+  Real* out = grads.cost();
   matrix.template reduce_entries<2, 2>(
       [&](int i, int j, T k, T* by_row, T* by_col, bool writes) {
         if (i >= p.rows || j >= p.cols) return;
         const T c = matrix.cost(i, j), a = state.a[i], b_e = state.b[j] * (k * state.inverse_r[i] * state.inverse_s[j]);
-        const T through_plan = grads.plan == nullptr ? T(0) : static_cast<T>(grads.plan[i * all.m + j]);
+        const T through_plan = of_plan == nullptr ? T(0) : static_cast<T>(of_plan[i * all.m + j]);
         const T by_entry = c < static_cast<T>(kInfinity) ? by_cost * c + through_plan : T(0);
         const T plan = a * b_e, by_exponent = plan * by_entry * inverse_eps;
         by_row[0] += by_exponent;
         by_row[1] += b_e * by_entry;
         by_col[0] += by_exponent;
         by_col[1] += a * (k * state.inverse_r[i] * state.inverse_s[j]) * by_entry;
-        if (writes && grads.cost != nullptr)
-          grads.cost[i * all.m + j] = static_cast<Real>(by_cost * plan - by_exponent);
+        if (writes && out != nullptr) out[i * all.m + j] = static_cast<Real>(by_cost * plan - by_exponent);
       },
       [&](Slot row, const T* sums) {
         if (!row.counts) return;

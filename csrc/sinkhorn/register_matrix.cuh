@@ -11,10 +11,10 @@
 //   and the same for the columns, with rows and columns changed.
 //
 // Exchange without selects. The rows of a tile are LaneCols chunks of C rows, and a few left over (13 = 4 * 3 + 1). Lane
-// (p, q) owns chunk q of its tile's rows. It keeps the chunks in the order q, q + 1, .. (mod LaneCols): what lies in place
-// t belongs to the lane t further, whose own copy lies in place 0. So `reduce` sends place t to lane q + t, and `gather`
-// fills place t from lane q + t, with register numbers that are known when compiling: (LaneCols - 1) * C shuffles each.
-// The rows left over are summed by a butterfly and known to all; the lane with q = 0 counts them.
+// (p, q) owns chunk q of its tile's rows. It keeps chunk q ^ t in place t: so what lies in place t belongs to the lane whose
+// number differs by t, whose own copy lies in place 0. `reduce` and `gather` exchange place t with that lane, with
+// register numbers and lane masks that are known when compiling: (LaneCols - 1) * C shuffles each. The rows left over are
+// summed by a butterfly and known to all; the lane with q = 0 counts them.
 //
 // Shared memory, per team: the cost as T, [max_rows, ld] with +inf in the padding and an odd ld (so that neighbouring rows
 // start in other banks), read once from global memory however it is strided there; and vectors. Sizes are those of the tiles,
@@ -81,6 +81,7 @@ class RegisterMatrix {
     }
   }
 
+  OTFACE_DEVICE static bool is_first_here() { return thread_in_team() == 0; }
   OTFACE_DEVICE static int team_in_block() { return simt::thread_index() / lanes; }
   OTFACE_DEVICE static int thread_in_team() { return simt::thread_index() % lanes; }
   OTFACE_DEVICE static int team_threads() { return lanes; }
@@ -241,6 +242,7 @@ class RegisterMatrix {
 
   // K_ij = exp((f_i + g_j - C_ij) / eps), for every team: one that had no need of it gets the same bits again.
   OTFACE_DEVICE void fill(const double* f, const double* g) {
+    forget_places();
     const T scale = static_cast<T>(least_of(p_.to_exponent, static_cast<double>(LargestOf<T>::value)));
     T f_high[TileRows], f_low[TileRows];
     OTFACE_UNROLL
@@ -262,6 +264,7 @@ class RegisterMatrix {
   // receive them. The padding is visited too, with K = 0.
   template <int NR, int NC, class Entry, class Row, class Col>
   OTFACE_DEVICE void reduce_entries(Entry entry, Row row, Col col) {
+    forget_places();
     T by_row[NR > 0 ? NR : 1][TileRows] = {}, by_col[NC > 0 ? NC : 1][TileCols] = {};
     OTFACE_UNROLL
     for (int r = 0; r < TileRows; ++r) {
@@ -345,17 +348,23 @@ class RegisterMatrix {
     }
   };
 
+  // What is seldom computed from the lane's place shall not be kept through the iterations.
+  OTFACE_DEVICE void forget_places() {
+    lane_row_ = simt::opaque(lane_row_);
+    lane_col_ = simt::opaque(lane_col_);
+  }
+
   // Where register r of a tile lies in the matrix.
   OTFACE_DEVICE int tile_row(int r) const {
-    const int local = r < LaneCols * chunk_rows ? (lane_col_ + r / at_least_one(chunk_rows)) % LaneCols * chunk_rows +
-                                                      r % at_least_one(chunk_rows)
-                                                : r;
+    const int local = r < LaneCols * chunk_rows
+                          ? (lane_col_ ^ r / at_least_one(chunk_rows)) * chunk_rows + r % at_least_one(chunk_rows)
+                          : r;
     return lane_row_ * TileRows + local;
   }
   OTFACE_DEVICE int tile_col(int c) const {
-    const int local = c < LaneRows * chunk_cols ? (lane_row_ + c / at_least_one(chunk_cols)) % LaneRows * chunk_cols +
-                                                      c % at_least_one(chunk_cols)
-                                                : c;
+    const int local = c < LaneRows * chunk_cols
+                          ? (lane_row_ ^ c / at_least_one(chunk_cols)) * chunk_cols + c % at_least_one(chunk_cols)
+                          : c;
     return lane_col_ * TileCols + local;
   }
   __host__ __device__ static constexpr int at_least_one(int x) { return x > 0 ? x : 1; }
@@ -371,18 +380,17 @@ class RegisterMatrix {
     return {k, lane_col_ * TileCols + local, true, in_chunk || lane_row_ == 0};
   }
 
-  // `Size` values per lane, of a line of `Count` lanes that lie `Step` apart (the other coordinate in the grid is `across`,
-  // this lane is number `along`): each lane's own part of the sums, in the order of the slots.
+  // `Size` values per lane, of a line of `Count` lanes that lie `Step` apart: each lane's own part of the sums, in the order
+  // of the slots.
   template <int Size, int Count, int Step, class U, class Op>
-  OTFACE_DEVICE void reduce(const U (&tile)[Size], int along, int across, U* own, Op op) const {
+  OTFACE_DEVICE static void reduce(const U (&tile)[Size], U* own, Op op) {
     constexpr int chunk = Size / Count, rest = Size % Count;
     OTFACE_UNROLL
     for (int k = 0; k < chunk; ++k) own[k] = tile[k];
     OTFACE_UNROLL
     for (int t = 1; t < Count; ++t) {
-      const int source = lane_at((along + Count - t) % Count, across, Step);
       OTFACE_UNROLL
-      for (int k = 0; k < chunk; ++k) own[k] = op(own[k], simt::shuffle(tile[t * chunk + k], source));
+      for (int k = 0; k < chunk; ++k) own[k] = op(own[k], simt::shuffle_xor(tile[t * chunk + k], t * Step));
     }
     OTFACE_UNROLL
     for (int k = 0; k < rest; ++k) {
@@ -393,41 +401,36 @@ class RegisterMatrix {
     }
   }
   template <int Size, int Count, int Step, class U>
-  OTFACE_DEVICE void gather(const U* own, int along, int across, U (&tile)[Size]) const {
+  OTFACE_DEVICE static void gather(const U* own, U (&tile)[Size]) {
     constexpr int chunk = Size / Count, rest = Size % Count;
     OTFACE_UNROLL
     for (int k = 0; k < chunk; ++k) tile[k] = own[k];
     OTFACE_UNROLL
     for (int t = 1; t < Count; ++t) {
-      const int source = lane_at((along + t) % Count, across, Step);
       OTFACE_UNROLL
-      for (int k = 0; k < chunk; ++k) tile[t * chunk + k] = simt::shuffle(own[k], source);
+      for (int k = 0; k < chunk; ++k) tile[t * chunk + k] = simt::shuffle_xor(own[k], t * Step);
     }
     OTFACE_UNROLL
     for (int k = 0; k < rest; ++k) tile[Count * chunk + k] = own[chunk + k];
-  }
-  // Lanes of one line of rows (Step 1) share the row of the grid, those of a line of columns (Step LaneCols) its column.
-  OTFACE_DEVICE int lane_at(int along, int across, int step) const {
-    return team_ * lanes + (step == 1 ? across * LaneCols + along : along * LaneCols + across);
   }
 
   template <class Op>
   OTFACE_DEVICE RowVector reduce_rows(const T (&tile)[TileRows], Op op) const {
     RowVector own;
-    reduce<TileRows, LaneCols, 1>(tile, lane_col_, lane_row_, own.v, op);
+    reduce<TileRows, LaneCols, 1>(tile, own.v, op);
     return own;
   }
   template <class Op>
   OTFACE_DEVICE ColVector reduce_cols(const T (&tile)[TileCols], Op op) const {
     ColVector own;
-    reduce<TileCols, LaneRows, LaneCols>(tile, lane_row_, lane_col_, own.v, op);
+    reduce<TileCols, LaneRows, LaneCols>(tile, own.v, op);
     return own;
   }
   OTFACE_DEVICE void gather_rows(const RowVector& own, T (&tile)[TileRows]) const {
-    gather<TileRows, LaneCols, 1>(own.v, lane_col_, lane_row_, tile);
+    gather<TileRows, LaneCols, 1>(own.v, tile);
   }
   OTFACE_DEVICE void gather_cols(const ColVector& own, T (&tile)[TileCols]) const {
-    gather<TileCols, LaneRows, LaneCols>(own.v, lane_row_, lane_col_, tile);
+    gather<TileCols, LaneRows, LaneCols>(own.v, tile);
   }
 
   template <int N>

@@ -116,16 +116,17 @@ OTFACE_DEVICE T load_as(const void* data, DType dtype, int64_t offset) {
   }
 }
 
-// One problem of the batch, cut to its valid size. The same in all threads of the team.
+// One problem of the batch, cut to its valid size. It lies in shared memory, once per team and block: its fields are rarely
+// needed, and would take registers from K.
 struct Problem {
-  int64_t index = 0;    // in the batch
-  bool exists = false;  // false: this team has nothing to do, and writes nothing
-  bool valid = false;   // false: eps, weights or lengths cannot be used; the outputs are NaN
-  int rows = 1, cols = 1;
-  double eps = 1;
-  double to_exponent = 1;  // log2(e) / eps, finite also for the least eps: a difference of 0 stays 0
-  double mass_a = 0, mass_b = 0;
-  bool has_zero_in_b = false;
+  int64_t index;  // in the batch
+  bool exists;    // false: this team has nothing to do, and writes nothing
+  bool valid;     // false: eps, weights or lengths cannot be used; the outputs are NaN
+  bool has_zero_in_b;
+  int rows, cols;
+  double eps;
+  double to_exponent;  // log2(e) / eps, finite also for the least eps: a difference of 0 stays 0
+  double mass_a, mass_b;
 
   OTFACE_DEVICE void read(const Problems& all, int64_t batch_index) {
     exists = batch_index < all.batch;
@@ -135,30 +136,7 @@ struct Problem {
     eps = all.eps[index * all.eps_stride];
     valid = exists && rows_ok && cols_ok && eps > 0 && is_finite(eps);
     if (!valid) eps = 1;
-    to_exponent = kLog2OfE / eps;
-    if (!is_finite(to_exponent)) to_exponent = LargestOf<double>::value;
-  }
-
-  // Masses and validity, from weights that lie in the team's memory already (a of `rows`, b of `cols` entries).
-  template <class M, class T>
-  OTFACE_DEVICE void weigh(M& matrix, const T* a, const T* b) {
-    double from_a[3], from_b[3];  // the mass, how many are negative or NaN, how many are zero
-    const auto add = [](T w, double* sums) {
-      sums[0] += static_cast<double>(w);
-      sums[1] += w >= 0 ? 0.0 : 1.0;
-      sums[2] += w == 0 ? 1.0 : 0.0;
-    };
-    matrix.template sum_rows<3>(from_a, [&](Slot row, double* sums) {
-      if (row.i < rows) add(a[row.i], sums);
-    });
-    matrix.template sum_cols<3>(from_b, [&](Slot col, double* sums) {
-      if (col.i < cols) add(b[col.i], sums);
-    });
-    mass_a = from_a[0];
-    mass_b = from_b[0];
-    has_zero_in_b = from_b[2] > 0;
-    valid =
-        valid && from_a[1] == 0 && from_b[1] == 0 && mass_a > 0 && mass_b > 0 && is_finite(mass_a) && is_finite(mass_b);
+    to_exponent = least_of(kLog2OfE / eps, LargestOf<double>::value);
   }
 
  private:

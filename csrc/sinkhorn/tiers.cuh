@@ -55,10 +55,10 @@ __global__ void __launch_bounds__(32, 8)
   using M = typename Algorithm::Matrix;
   const Problems& all = params.problems;
   Arena arena{simt::shared_memory() + M::team_in_block() * team_bytes};
+  auto* problem = arena.take<Problem>(1);
   typename Algorithm::State state(arena, all.n, all.m, 32);
-  Problem problem;
-  M matrix(problem, state.matrix);
-  Algorithm(matrix, state, problem, params).run(simt::block_index() * M::teams_per_block + M::team_in_block());
+  M matrix(*problem, state.matrix);
+  Algorithm(matrix, state, *problem, params).run(simt::block_index() * M::teams_per_block + M::team_in_block());
 }
 
 template <class Algorithm>
@@ -68,10 +68,10 @@ __global__ void __launch_bounds__(kSharedThreads, 2)
   const Problems& all = params.problems;
   Arena arena{simt::shared_memory()};
   auto* scratch = arena.take<typename M::Scratch>(1);
+  auto* problem = arena.take<Problem>(1);
   typename Algorithm::State state(arena, all.n, all.m, kSharedThreads);
-  Problem problem;
-  M matrix(problem, state.matrix, scratch, nullptr, 0, 1);
-  Algorithm(matrix, state, problem, params).run(simt::block_index());
+  M matrix(*problem, state.matrix, scratch, nullptr, 0, 1);
+  Algorithm(matrix, state, *problem, params).run(simt::block_index());
 }
 
 // Gang g takes the problems g, g + gangs, ..
@@ -84,11 +84,13 @@ __global__ void __launch_bounds__(kMostStreamThreads, 1)
   const int64_t gang = simt::block_index() / gang_blocks, gangs = simt::grid_blocks() / gang_blocks;
   auto* meetings = reinterpret_cast<typename M::Meeting*>(workspace);
   Arena arena{workspace + gangs * static_cast<int64_t>(sizeof(typename M::Meeting)) + gang * gang_bytes};
+  Arena shared{simt::shared_memory()};
+  auto* scratch = shared.take<typename M::Scratch>(1);
+  auto* problem = shared.take<Problem>(1);
   typename Algorithm::State state(arena, all.n, all.m, simt::block_threads());
-  Problem problem;
-  M matrix(problem, state.matrix, reinterpret_cast<typename M::Scratch*>(simt::shared_memory()), meetings + gang,
-           static_cast<int>(simt::block_index() % gang_blocks), gang_blocks);
-  for (int64_t index = gang; index < all.batch; index += gangs) Algorithm(matrix, state, problem, params).run(index);
+  M matrix(*problem, state.matrix, scratch, meetings + gang, static_cast<int>(simt::block_index() % gang_blocks),
+           gang_blocks);
+  for (int64_t index = gang; index < all.batch; index += gangs) Algorithm(matrix, state, *problem, params).run(index);
 }
 
 // --- choice and launch ---
@@ -125,6 +127,7 @@ class Launcher<Algorithm, T, Tiles<RegisterMatrices...>> {
       choice.threads_per_problem = M::lanes;
       choice.problems_per_block = M::teams_per_block;
       Arena arena{nullptr};
+      arena.take<Problem>(1);
       [[maybe_unused]] const typename A::State state(arena, p.n, p.m, 32);
       team_bytes = static_cast<int64_t>(arena.used);
       choice.shared_bytes = arena.used * M::teams_per_block;
@@ -142,6 +145,7 @@ class Launcher<Algorithm, T, Tiles<RegisterMatrices...>> {
     InSharedWay(const Problems& p, const simt::Limits& limits) {
       Arena arena{nullptr};
       arena.take<typename InShared::Matrix::Scratch>(1);
+      arena.take<Problem>(1);
       [[maybe_unused]] const typename InShared::State state(arena, p.n, p.m, kSharedThreads);
       choice.threads_per_problem = kSharedThreads;
       choice.shared_bytes = arena.used;
@@ -161,7 +165,10 @@ class Launcher<Algorithm, T, Tiles<RegisterMatrices...>> {
     int threads = 0;
     InStreamWay(const Problems& p, const simt::Limits&) {
       threads = stream_threads(p.m);
-      choice.shared_bytes = sizeof(typename InStream::Matrix::Scratch);
+      Arena shared{nullptr};
+      shared.take<typename InStream::Matrix::Scratch>(1);
+      shared.take<Problem>(1);
+      choice.shared_bytes = shared.used;
       Arena arena{nullptr};
       [[maybe_unused]] const typename InStream::State state(arena, p.n, p.m, threads);
       gang_bytes = static_cast<int64_t>((arena.used + 255) / 256 * 256);

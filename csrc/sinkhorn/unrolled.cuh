@@ -19,21 +19,23 @@ namespace otface::sinkhorn {
 
 template <class M>
 struct UnrolledState : GradientState<M> {
-  typename M::RowVector r, grad_f, left, f_over_r;
-  typename M::ColVector s, s_start, s_before, grad_g, sums;
+  typename M::RowVector r, left, f_over_r;
+  typename M::ColVector s, s_before, grad_g, sums;
+  typename M::T* grad_f;   // [n]: F, from the outputs; f reaches them through the last iteration only
+  typename M::T* s_start;  // [m]: the column sums of the iteration in which K was computed
   typename M::OuterProducts products;
 
   __host__ __device__ UnrolledState(Arena& arena, int64_t n, int64_t m, int threads)
       : GradientState<M>(arena, n, m, threads),
         r(arena, M::row_count(n)),
-        grad_f(arena, M::row_count(n)),
         left(arena, M::row_count(n)),
         f_over_r(arena, M::row_count(n)),
         s(arena, M::col_count(m)),
-        s_start(arena, M::col_count(m)),
         s_before(arena, M::col_count(m)),
         grad_g(arena, M::col_count(m)),
         sums(arena, M::col_count(m)),
+        grad_f(arena.take<typename M::T>(M::row_count(n))),
+        s_start(arena.take<typename M::T>(M::col_count(m))),
         products(arena, n, m) {}
 };
 
@@ -54,43 +56,46 @@ class Unrolled {
     read_problem(matrix_, state_, params_.problems, problem_, index);
     const Problem& p = problem_;
     const Problems& all = params_.problems;
-    const Gradients<T> grads(params_, p.index);
-    const double* potentials = params_.potentials + p.index * (all.n + all.m);
+    const Gradients<T> grads{params_, p};
     const int64_t done = params_.n_iter[p.index];
-    if (!p.valid || !is_finite(potentials[0]) || done < 1 || done > params_.history.max_iter) {
+    if (!p.valid || !is_finite(potentials()[0]) || done < 1 || done > params_.history.max_iter) {
       write_nan_gradients(matrix_, all, p, grads);
       matrix_.sync();
       return;
     }
-    fill_cost_gradient(matrix_, all, p, grads.cost, T(0));
-    matrix_.clear(state_.products);
-    const uint8_t* rebuilt = params_.history.rebuilt + p.index * params_.history.max_iter - 1;  // of iteration 1, 2, ..
-    for (int64_t end = done; end >= 1;) {
-      int64_t begin = end;
-      while (rebuilt[begin] == 0) --begin;
-      reverse_stretch(begin, end, rebuilt[begin] == kRowsAndColumnsRebuilt, end == done, potentials, grads);
+    fill_cost_gradient(matrix_, all, p, grads.cost(), T(0));
+    for (int end = static_cast<int>(done); end >= 1;) {
+      int begin = end;
+      while (rebuilt(begin) == 0) --begin;
+      reverse_stretch(begin, end, grads);
       end = begin - 1;
     }
     matrix_.sync();
-    write_weights_gradient(matrix_, state_.by_a, p.rows, all.n, 0.0, grads.a);
-    write_weights_gradient(matrix_, state_.by_b, p.cols, all.m, 0.0, grads.b);
+    write_weights_gradient(matrix_, state_.by_a, p.rows, all.n, 0.0, grads.a());
+    write_weights_gradient(matrix_, state_.by_b, p.cols, all.m, 0.0, grads.b());
     matrix_.sync();  // the team's memory is free for the next problem
   }
 
  private:
-  OTFACE_DEVICE const T* slot(int64_t iteration) const {
+  OTFACE_DEVICE const double* potentials() const {
+    return params_.potentials + problem_.index * (params_.problems.n + params_.problems.m);
+  }
+  OTFACE_DEVICE uint8_t rebuilt(int iteration) const {
+    return params_.history.rebuilt[problem_.index * params_.history.max_iter + iteration - 1];
+  }
+  OTFACE_DEVICE const T* slot(int iteration) const {
     const HistoryView& h = params_.history;
     return static_cast<const T*>(h.slots) + (problem_.index * h.max_iter + iteration - 1) * h.slot;
   }
-  OTFACE_DEVICE void load_r(int64_t iteration) {
+  OTFACE_DEVICE void load_r(int iteration) {
     const T* in = slot(iteration) + params_.problems.m;
     matrix_.rows([&](Slot row) { state_.r[row.k] = row.i < problem_.rows ? in[row.i] : T(1); });
   }
-  OTFACE_DEVICE void load_s(int64_t iteration, typename M::ColVector& s) {
+  OTFACE_DEVICE void load_s(int iteration, typename M::ColVector& s) {
     const T* in = slot(iteration);
     matrix_.cols([&](Slot col) { s[col.k] = col.i < problem_.cols ? in[col.i] : T(1); });
   }
-  OTFACE_DEVICE void load_start_g(int64_t iteration) {
+  OTFACE_DEVICE void load_start_g(int iteration) {
     const T* in = slot(iteration);
     matrix_.cols([&](Slot col) {
       if (!col.counts) return;
@@ -101,17 +106,20 @@ class Unrolled {
     matrix_.sync();
   }
 
-  // Iterations begin..end, which share one K: begin is where it was computed anew, `columns` too or not.
-  OTFACE_DEVICE void reverse_stretch(int64_t begin, int64_t end, bool columns, bool is_last, const double* potentials,
-                                     const Gradients<T>& grads) {
+  // Iterations begin..end, which share one K: begin is where it was computed anew.
+  OTFACE_DEVICE void reverse_stretch(int begin, int end, const Gradients<T>& grads) {
+    const bool columns = rebuilt(begin) == kRowsAndColumnsRebuilt;
     load_start_g(begin);
-    absorb(matrix_, state_, state_.s_start, true, [columns](bool) { return columns; });
-    for (int64_t t = end; t >= begin; --t) {
+    absorb(matrix_, state_, state_.s, true, [columns](bool) { return columns; });
+    matrix_.cols([&](Slot col) {
+      if (col.counts) state_.s_start[col.i] = state_.s[col.k];
+    });
+    matrix_.sync();
+    load_sums(end, begin, state_.s);
+    if (end == params_.n_iter[problem_.index]) start_from_outputs(grads);
+    matrix_.clear(state_.products);  // it is clear: said so that its registers are free for what comes before
+    for (int t = end; t >= begin; --t) {
       // What iteration t - 1 left is asked for here and needed at the end of the loop.
-      if (t == end) {
-        load_sums(t, begin, state_.s);
-        if (is_last) start_from_outputs(potentials, grads);
-      }
       if (t > begin) load_s_of(t - 1, begin, state_.s_before);
       reverse_columns(grads);
       if (t == begin) break;
@@ -122,10 +130,11 @@ class Unrolled {
     }
     if (columns) {
       // The two halves of this iteration belong to two matrices: K is the one of its columns, now comes that of its rows.
-      matrix_.flush(state_.products, grads.cost, params_.problems.m);
+      matrix_.flush(state_.products, grads.cost(), params_.problems.m);
       matrix_.sync();
       load_start_g(begin);
       matrix_.fill(state_.f0, state_.g0);
+      matrix_.clear(state_.products);
       matrix_.cols([&](Slot col) { state_.x[col.k] = state_.b[col.i]; });
       matrix_.sync();
       matrix_.sweep(
@@ -138,30 +147,30 @@ class Unrolled {
       state_.x[col.k] = state_.b[col.i];
     });
     reverse_rows(state_.s_before, grads);
-    matrix_.flush(state_.products, grads.cost, params_.problems.m);
+    matrix_.flush(state_.products, grads.cost(), params_.problems.m);
     matrix_.sync();
   }
 
-  OTFACE_DEVICE void load_s_of(int64_t t, int64_t begin, typename M::ColVector& s) {
+  OTFACE_DEVICE void load_s_of(int t, int begin, typename M::ColVector& s) {
     if (t > begin) {
       load_s(t, s);
     } else {
-      matrix_.cols([&](Slot col) { s[col.k] = state_.s_start[col.k]; });
+      matrix_.cols([&](Slot col) { s[col.k] = state_.s_start[col.i]; });
     }
   }
-  OTFACE_DEVICE void load_r_of(int64_t t, int64_t begin) {
+  OTFACE_DEVICE void load_r_of(int t, int begin) {
     if (t > begin) {
       load_r(t);
     } else {
       matrix_.rows([&](Slot row) { state_.r[row.k] = 1; });
     }
   }
-  OTFACE_DEVICE void load_sums(int64_t t, int64_t begin, typename M::ColVector& s) {
+  OTFACE_DEVICE void load_sums(int t, int begin, typename M::ColVector& s) {
     load_s_of(t, begin, s);
     load_r_of(t, begin);
   }
 
-  OTFACE_DEVICE void start_from_outputs(const double* potentials, const Gradients<T>& grads) {
+  OTFACE_DEVICE void start_from_outputs(const Gradients<T>& grads) {
     matrix_.rows([&](Slot row) {
       if (row.counts) state_.inverse_r[row.i] = simt::quotient(T(1), state_.r[row.k]);
     });
@@ -169,8 +178,10 @@ class Unrolled {
       if (col.counts) state_.inverse_s[col.i] = simt::quotient(T(1), state_.s[col.k]);
     });
     matrix_.sync();
-    differentiate_outputs(matrix_, state_, params_.problems, problem_, potentials, grads);
-    matrix_.rows([&](Slot row) { state_.grad_f[row.k] = static_cast<T>(state_.by_f[row.i]); });
+    differentiate_outputs(matrix_, state_, params_.problems, problem_, potentials(), grads);
+    matrix_.rows([&](Slot row) {
+      if (row.counts) state_.grad_f[row.i] = static_cast<T>(state_.by_f[row.i]);
+    });
     matrix_.cols([&](Slot col) { state_.grad_g[col.k] = static_cast<T>(state_.by_g[col.i]); });
   }
 
@@ -179,18 +190,21 @@ class Unrolled {
     matrix_.cols([&](Slot col) { state_.x[col.k] = simt::quotient(state_.grad_g[col.k], state_.s[col.k]); });
     matrix_.rows([&](Slot row) { state_.left[row.k] = simt::quotient(state_.a[row.i], state_.r[row.k]); });
     matrix_.sync();
-    matrix_.add_product(state_.products, state_.left, state_.x, grads.cost, params_.problems.m);
+    matrix_.add_product(state_.products, state_.left, state_.x, grads.cost(), params_.problems.m);
     matrix_.sweep(
         state_.x,
         [&](Slot row, T y, bool&) {
           const T r = state_.r[row.k];
-          const T w = simt::quotient(state_.grad_f[row.k] - state_.left[row.k] * y, r);
+          const T w = simt::quotient(state_.grad_f[row.i] - state_.left[row.k] * y, r);
           if (row.keeps) state_.f_over_r[row.k] = w;
           if (row.counts) state_.by_a[row.i] -= problem_.eps * static_cast<double>(simt::quotient(y, r));
           return w;
         },
         [&](Slot col, T sum, bool&) { state_.sums[col.k] = sum; });
-    matrix_.rows([&](Slot row) { state_.grad_f[row.k] = 0; });  // f reaches the outputs through the last iteration only
+    matrix_.sync();  // others may still be reading grad_f
+    matrix_.rows([&](Slot row) {
+      if (row.counts) state_.grad_f[row.i] = 0;
+    });
   }
 
   // The rows half: G of the iteration before, with column sums s_before and x = b / s_before. The outer product is
@@ -201,7 +215,7 @@ class Unrolled {
       if (col.counts)
         state_.by_b[col.i] -= problem_.eps * static_cast<double>(simt::quotient(state_.sums[col.k], s_before[col.k]));
     });
-    matrix_.add_product(state_.products, state_.f_over_r, state_.x, grads.cost, params_.problems.m);
+    matrix_.add_product(state_.products, state_.f_over_r, state_.x, grads.cost(), params_.problems.m);
   }
 
   M& matrix_;
