@@ -8,6 +8,7 @@ _load()
 
 from .functional import SinkhornOutput, sinkhorn, sinkhorn_points  # noqa: E402
 from .info import info  # noqa: E402
+from .kernels import kernel_for  # noqa: E402
 from .modules import Sinkhorn, SinkhornPairs, SinkhornPoints  # noqa: E402
 from .pairs import sinkhorn_pairs  # noqa: E402
 
@@ -18,6 +19,7 @@ __all__ = [
     "SinkhornPairs",
     "SinkhornPoints",
     "info",
+    "kernel_for",
     "sinkhorn",
     "sinkhorn_pairs",
     "sinkhorn_points",

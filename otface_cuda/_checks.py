@@ -13,9 +13,12 @@ from torch import Tensor
 
 from ._build import build_info
 
+HAS_CUDA_KERNELS = "cuda" in build_info()  # asked once: torch.compile could not trace the question
+HOW_TO_GET_CUDA_KERNELS = (
+    "install a CUDA toolkit and a torch with CUDA and build it again (`python -m otface_cuda` shows why it has none)"
+)
 COST_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GRADIENT_MODES = ("envelope", "unrolled", "implicit")
-HAS_CUDA_KERNELS = "cuda" in build_info()  # asked once: torch.compile could not trace the question
 
 
 def describe(x: Any) -> str:
@@ -50,8 +53,7 @@ def check_has_kernels(where: str, name: str, x: Tensor) -> None:
     if x.device.type == "cuda":
         raise ValueError(
             f"{where}: `{name}` must be on the CPU, because otface_cuda was built without CUDA kernels, got one on "
-            f"{x.device}; install a CUDA toolkit and a torch with CUDA and build it again (`python -m otface_cuda` "
-            "shows why it has none)"
+            f"{x.device}; {HOW_TO_GET_CUDA_KERNELS}"
         )
     raise ValueError(f"{where}: `{name}` must be on the CPU or on a CUDA device, got one on {x.device}")
 
