@@ -144,7 +144,7 @@ def _on_cuda(
             f"TORCH_CUDA_ARCH_LIST={major}.{minor} (`python -m otface_cuda` shows what it was compiled for)"
         )
     limit, shared = _size(int(told["shared_limit"])), _size(int(told["shared_bytes"]))
-    beyond_registers = "always in float64, no register tier" if grad == "implicit" else "too large for registers"
+    beyond_registers = "in float64, without a register tier" if grad == "implicit" else "too large for registers"
     why = {
         "register": "K fits the registers of a warp",
         "shared": f"{beyond_registers}; K and its vectors take {shared} of the {limit} a block can have",

@@ -54,17 +54,22 @@ def test_one_small_problem_on_the_cpu(threads: Callable[[int], None]) -> None:
     assert "1 thread" in kernel_for(2048, 2048, device="cpu").device
 
 
+BLOCKS = r"""
+#include <cstdio>
+#include <cstring>
+#define OTFACE_VEC_BYTES 16
+#include "sinkhorn/cpu_problem.h"
+using namespace otface::sinkhorn;
+int main() {
+  for (long n, m, lanes; std::scanf("%ld %ld %ld", &n, &m, &lanes) == 3;)
+    std::printf("%ld\n", static_cast<long>(RowBlocks(round_up(n, 4), round_up(m, lanes)).count));
+}
+"""
+
+
 def test_blocks_of_rows_are_those_of_the_kernels(tmp_path: Path) -> None:
     """The rule stands in C++ and in Python: a small program asks the former."""
-    (tmp_path / "blocks.cpp").write_text(
-        '#include <cstdio>\n#include <cstring>\n#define OTFACE_VEC_BYTES 16\n#include "sinkhorn/cpu_problem.h"\n'
-        "using namespace otface::sinkhorn;\n"
-        "int main() {\n"
-        "  for (long n, m, lanes; std::scanf("
-        '"%ld %ld %ld", &n, &m, &lanes) == 3;)\n'
-        '    std::printf("%ld\\n", static_cast<long>(RowBlocks(round_up(n, 4), round_up(m, lanes)).count));\n'
-        "}\n"
-    )
+    (tmp_path / "blocks.cpp").write_text(BLOCKS)
     compiler = os.environ.get("CXX", "c++")
     subprocess.run(
         [compiler, "-std=c++20", "-I", ROOT / "csrc", tmp_path / "blocks.cpp", "-o", tmp_path / "blocks"], check=True
@@ -150,7 +155,7 @@ def test_shared_tier(gpu: Gpu) -> None:
     assert told[""] == "implicit gradient of sinkhorn, 1 problem of 100 x 120, float64"
     assert told["device"] == "cuda:0, GPU 0"
     assert told["tier"] == (
-        "shared: always in float64, no register tier; K and its vectors take 96 KiB of the 227 KiB a block can have"
+        "shared: in float64, without a register tier; K and its vectors take 96 KiB of the 227 KiB a block can have"
     )
     assert told["threads"] == "256 per problem"
     assert "tile per thread" not in told
