@@ -39,7 +39,8 @@ class Kernel:
             threads += f", in {self.blocks_per_problem} blocks" + (" of rows" if self.tier == "cpu" else "")
         rows = {
             "device": self.device,
-            "tier": f"{self.tier}: {self.why}",
+            "tier": self.tier,
+            "why": self.why,
             "threads": threads,
             "tile per thread": None if self.tile is None else f"{self.tile[0]} x {self.tile[1]} entries of K",
             "registers": None if self.registers is None else f"{self.registers} per thread",
@@ -89,7 +90,8 @@ def kernel_for(
     >>> print(kernel)  # doctest: +ELLIPSIS
     sinkhorn, 1 problem of 2048 x 2048, float32
       device           cpu, ...
-      tier             cpu: ...
+      tier             cpu
+      why              ...
       threads          ...
     """
     where = "kernel_for"

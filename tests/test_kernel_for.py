@@ -33,7 +33,8 @@ def test_many_small_problems_on_the_cpu(threads: Callable[[int], None]) -> None:
     assert lines(49, 49, batch=256, dtype=torch.bfloat16, device="cpu") == {
         "": "sinkhorn, 256 problems of 49 x 49, bfloat16",
         "device": f"cpu, {otface_cuda.info().cpu_isa}, 2 threads",
-        "tier": "cpu: each thread takes the next problem",
+        "tier": "cpu",
+        "why": "each thread takes the next problem",
         "threads": "1 per problem",
     }
 
@@ -42,7 +43,7 @@ def test_one_large_problem_on_the_cpu(threads: Callable[[int], None]) -> None:
     threads(3)
     told = lines(2048, 2048, device=torch.device("cpu"), grad="implicit")
     assert told[""] == "implicit gradient of sinkhorn, 1 problem of 2048 x 2048, float32"
-    assert "share the rows" in told["tier"]
+    assert "share the rows" in told["why"]
     assert told["threads"] == "3 per problem, in 32 blocks of rows"
 
 
@@ -140,7 +141,8 @@ def test_register_tier(gpu: Gpu) -> None:
     assert lines(49, 50, batch=4096) == {
         "": "sinkhorn, 4096 problems of 49 x 50, float32",
         "device": "cuda:1, GPU 1",
-        "tier": "register: K fits the registers of a warp",
+        "tier": "register",
+        "why": "K fits the registers of a warp",
         "threads": "16 per problem, 2 problems per block",
         "tile per thread": "13 x 13 entries of K",
         "registers": "251 per thread",
@@ -154,14 +156,15 @@ def test_shared_tier(gpu: Gpu) -> None:
     told = lines(100, 120, grad="implicit", dtype=torch.float64, device="cuda:0")
     assert told[""] == "implicit gradient of sinkhorn, 1 problem of 100 x 120, float64"
     assert told["device"] == "cuda:0, GPU 0"
-    assert told["tier"] == (
-        "shared: in float64, without a register tier; K and its vectors take 96 KiB of the 227 KiB a block can have"
+    assert told["tier"] == "shared"
+    assert told["why"] == (
+        "in float64, without a register tier; K and its vectors take 96 KiB of the 227 KiB a block can have"
     )
     assert told["threads"] == "256 per problem"
     assert "tile per thread" not in told
     assert gpu.asked == [("implicit", 1, 100, 120, True, 0)]
     gpu.told["forward"] = TOLD["implicit"]
-    assert lines(100, 120)["tier"].startswith("shared: too large for registers; K and its vectors take 96 KiB of ")
+    assert lines(100, 120)["why"].startswith("too large for registers; K and its vectors take 96 KiB of ")
 
 
 def test_stream_tier(gpu: Gpu) -> None:
