@@ -105,6 +105,7 @@ inline unsigned ballot(bool x, Where where = Where::current()) { return executor
 inline bool any_in_warp(bool x, Where where = Where::current()) { return executor::vote(x, where) != 0; }
 inline bool all_in_warp(bool x, Where where = Where::current()) { return executor::vote(x, where) == full_mask; }
 inline bool any_in_block(bool x, Where where = Where::current()) { return executor::any_in_block(x, where); }
+inline int opaque(int x) { return x; }
 inline void mark(int* flag) { __atomic_store_n(flag, 1, __ATOMIC_RELAXED); }
 inline void gang_barrier(unsigned* counter, unsigned blocks, Where where = Where::current()) {
   executor::gang_barrier(counter, blocks, where);

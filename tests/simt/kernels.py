@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import struct
 import subprocess
 import tempfile
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .build import Build, load_module
+from .build import ROOT, Build, load_module
 
 TIERS = ("any", "registers", "shared", "stream")
 CHOICE = (
@@ -55,7 +56,8 @@ def make_case(
     `cost_offset`: so many entries lie before the first one, which is then aligned only as an entry must be.
     `grads`: "value", "transport_cost", "f", "g", "plan". `options`: max_iter, check_every, want_plan, want_history,
     want_grad_cost, want_grad_a, want_grad_b, implicit_tol, implicit_max_iter; of the executor: seed, multiprocessors,
-    blocks_per_multiprocessor, shared_bytes_per_block, trap_invalid, poison_float.
+    blocks_per_multiprocessor, shared_bytes_per_block; poison_float, another filling of shared memory, workspace and
+    results: what comes out must not depend on it; trap_invalid, for kernels that do not compute inf - inf on purpose.
     """
     real = np.float64 if cost.dtype == np.float64 else np.float32
     case: Arrays = {name: np.asarray(value, np.int64) for name, value in options.items() if name != "implicit_tol"}
@@ -139,7 +141,9 @@ def run_sanitized(command: list[str]) -> subprocess.CompletedProcess[str]:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": "halt_on_error=1:atexit_sleep_ms=0",
     }
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done.stderr = _with_lines(done.stderr, command[0])
+    return done
 
 
 def write_cases(path: Path, cases: Iterable[Arrays]) -> None:
@@ -158,6 +162,22 @@ def write_cases(path: Path, cases: Iterable[Arrays]) -> None:
                 file.write(name.encode())
                 integers(ord(array.dtype.char), array.ndim, *array.shape)
                 file.write(array.tobytes())
+
+
+def _with_lines(report: str, executable: str) -> str:
+    """Adds the line to frames where it is missing: functions that several objects have in common confuse the reader of
+    debug information in the sanitizer.
+    """
+    frame = re.compile(
+        r"^(\s+#\d+ .*?)(?: <null>)? \(\S*" + re.escape(Path(executable).name) + r"\+(0x[0-9a-f]+)\)$", re.M
+    )
+    missing = [match for match in frame.finditer(report) if not re.search(r":\d+$", match[1])]
+    if not missing:
+        return report
+    command = ["addr2line", "-e", executable, *(match[2] for match in missing)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    found = {match[2]: line.removeprefix(f"{ROOT}/") for match, line in zip(missing, lines, strict=True)}
+    return frame.sub(lambda match: f"{match[1]} {found[match[2]]}" if match[2] in found else match[0], report)
 
 
 def _storage(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
