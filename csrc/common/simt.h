@@ -81,8 +81,8 @@ inline const char* fill_zero(void* p, size_t bytes, Stream stream) {
 
 namespace otface::simt {
 
-// Where in the source a barrier stands; only the executor knows. A function that wraps barriers takes it on, as they do,
-// so that a report names the function's caller: void sync(simt::Where where = simt::Where::current()).
+// Where in the source a barrier stands; only the executor knows. A function that wraps barriers takes it on, as they
+// do, so that a report names the function's caller: void sync(simt::Where where = simt::Where::current()).
 struct Where {
   __host__ __device__ static constexpr Where current() { return {}; }
 };
@@ -153,8 +153,8 @@ __device__ __forceinline__ void gang_barrier(unsigned* counter, unsigned blocks,
 // *flag = 1, where several blocks may do so at the same time.
 __device__ __forceinline__ void mark(int* flag) { atomicExch(flag, 1); }
 
-// x, of which the compiler knows nothing: what is computed from it stays behind this line, where it would otherwise be taken
-// out of a loop and occupy registers there.
+// x, of which the compiler knows nothing: what is computed from it stays behind this line, where it would otherwise be
+// taken out of a loop and occupy registers there.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
