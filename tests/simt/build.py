@@ -42,6 +42,7 @@ VARIANTS = {
     "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize=null,object-size", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-fsanitize=thread"],
 }
+DAY = 24 * 3600
 EXECUTOR = HERE / "host_executor.cpp"
 EXECUTOR_THREAD = ["-O2", "-DSIMT_THREAD_SANITIZER"]  # itself not instrumented
 
@@ -116,6 +117,10 @@ class Build:
             if result.stderr:
                 print(result.stderr, file=sys.stderr)
             unfinished.rename(path)
+        path.touch()
+        for other in self.out.glob(f"{name}.*"):
+            if other.stat().st_mtime < time.time() - DAY:  # not used since
+                other.unlink()
         return path
 
 
