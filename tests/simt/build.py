@@ -72,7 +72,7 @@ class Build:
         return [HERE / "case.cpp", *(self.csrc / name for name in listed if not name.startswith("common/"))]
 
     def _link(self, name: str, sources: list[Path], variant: str, flags: Sequence[str] = (), suffix: str = "") -> Path:
-        with (self.out / "lock").open("w") as lock:
+        with (self.out / f"lock.{name}.{variant}").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 objects = list(pool.map(lambda source: self._compile(source, variant), sources))
@@ -110,7 +110,7 @@ class Build:
         digest = hashlib.sha256(content.encode()).hexdigest()[:16]
         path = self.out / f"{name}.{digest}{suffix}"
         if not path.exists():
-            unfinished = path.with_name(f"unfinished.{path.name}")
+            unfinished = path.with_name(f"unfinished.{os.getpid()}.{path.name}")
             result = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
             if result.returncode != 0:
                 raise RuntimeError(f"{' '.join(command)}\n{result.stderr[:20000]}")
