@@ -144,6 +144,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         least, budget = (3, 0.5) if options.quick else (5, ROW_SECONDS)
         result = {"title": row.title, "input": "faces" if given else "random points", **dataclasses.asdict(row)}
         result |= run_row(problem, peers, clock, least, budget)
+        if device == "cuda":
+            result["kernels"] = kernels(row)
         if given and "mean_cost_same" not in facts:
             facts.update(separation(problem))
         if not options.quick:
@@ -333,6 +335,15 @@ def provenance(device: str, peers: list[Peer]) -> dict[str, Any]:
     }
 
 
+def kernels(row: Row) -> list[dict[str, Any]]:
+    """Those that ours takes for the row: of the solve, and of the gradient."""
+    import otface_cuda
+
+    modes = [None, "unrolled"] if row.backward else [None]
+    taken = [otface_cuda.kernel_for(row.n, row.m, batch=row.batch, device="cuda", grad=mode) for mode in modes]
+    return [dataclasses.asdict(kernel) for kernel in taken]
+
+
 def gpu() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
     return {
@@ -405,7 +416,8 @@ def table(result: dict[str, Any]) -> str:
         disturbed = f"; DISTURBED: other programs used {others:.1f} CPUs" if others > DISTURBED else ""
         wall = row["ours"].get("wall_seconds")
         alone = f"; ours made and waited for alone: {milliseconds(wall['median'])} ms" if wall else ""
-        lines.append(f"{row['title']}; {row['input']}{alone}{disturbed}")
+        tiers = "".join(f", {kernel['tier']} kernel" for kernel in row.get("kernels", []))
+        lines.append(f"{row['title']}; {row['input']}{tiers}{alone}{disturbed}")
         for entry in (row["ours"], *row["peers"]):
             lines.append(table_line(entry, row, mark))
     widths = [max(len(line[i]) for line in lines if isinstance(line, list)) for i in range(len(COLUMNS))]

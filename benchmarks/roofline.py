@@ -6,13 +6,13 @@ arithmetic that the mathematics cannot avoid. The unrolled backward pass goes th
 more products with K an iteration, and one more 2 n m for the rank-2 term of each iteration in the gradient of the cost.
 
 The limit a row is held against:
-- K of one problem fits in the L2 cache of a core (CPU), or in the shared memory of a block (GPU): arithmetic, against
-  the rate of torch's float32 matrix product. On a GPU too it is made of float32 multiply-adds: TensorFloat-32, which is
-  done by other units and is no float32, is off.
+- K of one problem fits in the L2 cache of a core (CPU), or the kernel keeps it in registers or in the shared memory of
+  a block (GPU): arithmetic, against the rate of torch's float32 matrix product. On a GPU too it is made of float32
+  multiply-adds: TensorFloat-32, which is done by other units and is no float32, is off.
 - otherwise: one read of K an iteration (4 n m bytes), against the bandwidth of reading a matrix of that size (CPU), or
   of a large copy in the GPU's memory.
-- none, on a GPU, when the K of all problems together fit in its L2 cache but one alone is too large for a block: how
-  fast that cache can be read is not measured here, and against its memory the figure would flatter.
+- none, on a GPU, when K is in its memory, but those of all problems together fit in its L2 cache: how fast that cache
+  can be read is not measured here, and against the memory the figure would flatter.
 """
 
 from __future__ import annotations
@@ -84,6 +84,11 @@ def best(first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
 
 
 def fits(row: Row, device: str) -> bool:
+    """Whether K of one problem stays on chip."""
+    if device == "cuda":
+        import otface_cuda
+
+        return otface_cuda.kernel_for(row.n, row.m, batch=row.batch, device=device).tier in ("register", "shared")
     return 4 * row.n * row.m <= on_chip_bytes(device)
 
 

@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+import otface_cuda
+from otface_cuda.kernels import Kernel
 from otface_cuda.reference import sinkhorn_reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -225,6 +227,12 @@ def cuda(monkeypatch):
     }
     for name, value in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, value)
+
+    def kernel_for(n: int, m: int, *, batch: int, device: str, grad: str | None = None) -> Kernel:
+        assert device == "cuda"
+        return Kernel(grad or "solve", "NVIDIA H200", "shared" if n * m < 1000 else "stream", "", 512)
+
+    monkeypatch.setattr(otface_cuda, "kernel_for", kernel_for)
     monkeypatch.setattr(roofline, "MATRIX", 16)
     with mode:
         yield mode
@@ -307,6 +315,7 @@ def test_the_whole_run_for_a_gpu(cuda_result, tmp_path):
     for row in cuda_result["rows"]:
         assert row["ours"]["peak_bytes"] == 512
         assert row["ours"]["wall_seconds"]["median"] > 0
+        assert [k["task"] for k in row["kernels"]] == (["solve", "unrolled"] if row["backward"] else ["solve"])
         loop, scaling = row["peers"]
         assert ("seconds" in loop) != row["from_points"]
         assert "seconds" not in scaling
@@ -315,6 +324,7 @@ def test_the_whole_run_for_a_gpu(cuda_result, tmp_path):
     assert text.startswith("NVIDIA H200, 132 multiprocessors, torch ")
     assert "device events, cold L2" in text
     assert text.count("made and waited for alone") == 3
+    assert text.count(", shared kernel, shared kernel; ours") == text.count(", stream kernel; ours") == 1
     assert "NVIDIA H200, 132 multiprocessors, commit" in readme_table.render(cuda_result)
 
 
