@@ -183,7 +183,12 @@ __device__ __forceinline__ float exp2_of(float x) {
 }
 __device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
 __device__ __forceinline__ double log_of(double x) { return log(x); }
-__device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }  // 0 for |b| > 2^126
+// 2 units in the last place; wrong where b or 1 / b is not a normal number.
+__device__ __forceinline__ float quotient(float a, float b) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+  return a * inverse;
+}
 __device__ __forceinline__ double quotient(double a, double b) { return a / b; }
 __device__ __forceinline__ float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 __device__ __forceinline__ float bfloat_to_float(uint16_t bits) {

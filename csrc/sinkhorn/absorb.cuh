@@ -19,8 +19,8 @@ struct State {
   typename M::Layout matrix;
   T *a, *b;                         // [n], [m]
   double *f0, *g0;                  // [n], [m]: the potentials absorbed in K
-  typename M::RowFlags empty_rows;  // without an allowed pair (and the padding): the row sum counts as 1
-  typename M::ColFlags empty_cols;
+  typename M::RowMarks empty_rows;  // without an allowed pair (and the padding): the row sum counts as 1
+  typename M::ColMarks empty_cols;
   typename M::ColVector x;  // what the next sweep multiplies with
 
   __host__ __device__ State(Arena& arena, int64_t n, int64_t m, int threads)
@@ -88,9 +88,8 @@ OTFACE_DEVICE Absorbed absorb(M& matrix, State<M>& state, typename M::ColVector&
   matrix.fill(state.f0, state.g0);
   matrix.sync();
   const bool in_band = matrix.sweep(
-      state.x, [&](Slot row, T, bool&) { return state.a[row.i]; },
+      state.x, state.empty_rows, [&](Slot row, T, bool&) { return state.a[row.i]; }, state.empty_cols,
       [&](Slot col, T sum, bool& fine) {
-        if (state.empty_cols.get(col)) sum = 1;
         fine = fine && within_band(sum);
         if (mask) s[col.k] = sum;
       });

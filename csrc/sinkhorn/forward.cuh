@@ -13,17 +13,18 @@ namespace otface::sinkhorn {
 template <class M>
 struct ForwardState : State<M> {
   using T = typename M::T;
-  typename M::RowVector r, r_next, cost_of_row;
+  typename M::RowVector r, cost_of_row;
   typename M::ColVector s, s_next;
+  T* r_before;  // [n]: r before the iteration that tells its error; in the end, that of the result
   T* x_of_all;  // [m]: x where everyone can read it
 
   __host__ __device__ ForwardState(Arena& arena, int64_t n, int64_t m, int threads)
       : State<M>(arena, n, m, threads),
         r(arena, M::row_count(n)),
-        r_next(arena, M::row_count(n)),
         cost_of_row(arena, M::row_count(n)),
         s(arena, M::col_count(m)),
         s_next(arena, M::col_count(m)),
+        r_before(arena.take<T>(M::row_count(n))),
         x_of_all(arena.take<T>(M::col_count(m))) {}
 };
 
@@ -57,7 +58,7 @@ class Forward {
 
     const int max_iter = to_int(params_.max_iter), check_every = to_int(params_.check_every);
     int iteration = 0, next_look = tol() > 0 ? check_every : kMostIterations + 1;
-    bool active = solved, starts_anew = solved;
+    bool active = solved, starts_anew = solved, stopped = false;
     for (;;) {
       if (matrix_.any_in_domain(starts_anew)) {
         const bool ok = start_anew(starts_anew, iteration);
@@ -66,29 +67,29 @@ class Forward {
       }
       active = active && solved && iteration < max_iter;
       if (!matrix_.any_in_domain(active)) break;
+      const bool looks = active && iteration == next_look;
+      if (matrix_.any_in_domain(looks)) keep_r(looks);
       const bool in_band = matrix_.sweep(
-          state_.x,
+          state_.x, state_.empty_rows,
           [&](Slot row, T y, bool& ok) {
-            if (state_.empty_rows.get(row)) y = 1;
             ok = ok && within_band(y);
-            if (row.keeps) state_.r_next[row.k] = y;
+            if (row.keeps) state_.r[row.k] = y;
             return simt::quotient(state_.a[row.i], y);
           },
+          state_.empty_cols,
           [&](Slot col, T sum, bool& ok) {
-            if (state_.empty_cols.get(col)) sum = 1;
             ok = ok && within_band(sum);
             state_.s_next[col.k] = sum;
             state_.x[col.k] = simt::quotient(state_.b[col.i], sum);
           });
-      // The row sums of this sweep tell how far the plan of the last iteration was from its row marginals.
-      const bool looks = active && iteration == next_look;
-      next_look += looks ? check_every : 0;
       if (matrix_.any_in_domain(looks)) {
+        // The row sums of this sweep tell how far the plan of the last iteration was from its row marginals.
         const double violation = row_violation();
-        active = active && !(looks && violation <= tol());
+        next_look += looks ? check_every : 0;
+        stopped = stopped || (looks && violation <= tol());
+        active = active && !stopped;
       }
       const bool accepted = active && in_band;
-      matrix_.replace(state_.r, state_.r_next, accepted);
       matrix_.replace(state_.s, state_.s_next, accepted);
       if (accepted) {
         record(iteration);
@@ -96,6 +97,7 @@ class Forward {
       }
       starts_anew = active && !in_band;
     }
+    keep_r(!stopped);
     finish(solved, iteration);
   }
 
@@ -134,6 +136,13 @@ class Forward {
     return absorbed.ok;
   }
 
+  OTFACE_DEVICE void keep_r(bool mask) {
+    matrix_.rows([&](Slot row) {
+      if (mask && row.counts) state_.r_before[row.i] = state_.r[row.k];
+    });
+    matrix_.sync();
+  }
+
   OTFACE_DEVICE void record(int iteration) {
     const HistoryView& history = params_.history;
     if (history.slots == nullptr) return;
@@ -148,11 +157,11 @@ class Forward {
     if (matrix_.thread_in_team() == 0) history.rebuilt[place] = 0;
   }
 
-  // || P 1 - a ||_1 / W of the iterate with row sums r, when r_next are the row sums after its column update.
+  // || P 1 - a ||_1 / W of the iterate with row sums r_before, when r are the row sums after its column update.
   OTFACE_DEVICE double row_violation() {
     double sum[1];
     matrix_.template sum_rows<1>(sum, [&](Slot row, double* to) {
-      const double ratio = static_cast<double>(state_.r_next[row.k]) / static_cast<double>(state_.r[row.k]);
+      const double ratio = static_cast<double>(state_.r[row.k]) / static_cast<double>(state_.r_before[row.i]);
       to[0] += static_cast<double>(state_.a[row.i]) * fabs(ratio - 1);
     });
     return sum[0] / problem_.mass_a;
@@ -171,7 +180,7 @@ class Forward {
     matrix_.template reduce_entries<1, 0>(
         [&](int, int j, T k, T* by_row, T*, bool) { by_row[0] += k * state_.x_of_all[j]; },
         [&](Slot row, const T* sums) {
-          if (row.keeps) state_.r_next[row.k] = sums[0];
+          if (row.keeps) state_.r[row.k] = sums[0];  // r itself is in r_before
         },
         [](Slot, const T*) {});
     matrix_.template reduce_entries<1, 0>(
@@ -185,15 +194,15 @@ class Forward {
         [](Slot, const T*) {});
     double sums[2];
     matrix_.template sum_rows<2>(sums, [&](Slot row, double* to) {
-      const double a = static_cast<double>(state_.a[row.i]), scale = a / static_cast<double>(state_.r[row.k]);
-      to[0] += fabs(scale * static_cast<double>(state_.r_next[row.k]) - a);
+      const double a = static_cast<double>(state_.a[row.i]), scale = a / static_cast<double>(state_.r_before[row.i]);
+      to[0] += fabs(scale * static_cast<double>(state_.r[row.k]) - a);
       to[1] += scale * static_cast<double>(state_.cost_of_row[row.k]);
     });
 
     // f and g, shifted so that <a, f> = <b, g>. Without an allowed pair, a potential is 0: marked by infinity until then.
     matrix_.rows([&](Slot row) {
       if (!row.counts) return;
-      const double f = state_.f0[row.i] - p.eps * simt::log_of(static_cast<double>(state_.r[row.k]));
+      const double f = state_.f0[row.i] - p.eps * simt::log_of(static_cast<double>(state_.r_before[row.i]));
       state_.f0[row.i] = state_.empty_rows.get(row) ? kInfinity : f;
     });
     matrix_.cols([&](Slot col) {

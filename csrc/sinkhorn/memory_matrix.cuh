@@ -60,14 +60,14 @@ class MemoryMatrix {
   using RowVector = Vector;
   using ColVector = Vector;
 
-  struct Flags {
+  struct Marks {
     uint8_t* v;
-    __host__ __device__ Flags(Arena& arena, int64_t count) : v(arena.take<uint8_t>(count)) {}
+    __host__ __device__ Marks(Arena& arena, int64_t count) : v(arena.take<uint8_t>(count)) {}
     OTFACE_DEVICE bool get(Slot slot) const { return v[slot.i] != 0; }
     OTFACE_DEVICE void set(Slot slot, bool value) const { v[slot.i] = value ? 1 : 0; }
   };
-  using RowFlags = Flags;
-  using ColFlags = Flags;
+  using RowMarks = Marks;
+  using ColMarks = Marks;
 
   __host__ __device__ static int64_t row_count(int64_t n) { return n; }
   __host__ __device__ static int64_t col_count(int64_t m) { return m; }
@@ -185,6 +185,13 @@ class MemoryMatrix {
   // --- K --- (what each does is said in register_matrix.cuh)
 
   template <class Weigh, class Settle>
+  OTFACE_DEVICE bool sweep(const Vector& x, const Marks& marked_rows, Weigh weigh, const Marks& marked_cols,
+                           Settle settle) {
+    return sweep(
+        x, [&](Slot row, T y, bool& ok) { return weigh(row, y + static_cast<T>(marked_rows.v[row.i]), ok); },
+        [&](Slot col, T sum, bool& ok) { settle(col, sum + static_cast<T>(marked_cols.v[col.i]), ok); });
+  }
+  template <class Weigh, class Settle>
   OTFACE_DEVICE bool sweep(const Vector& x, Weigh weigh, Settle settle) {
     bool ok = true;
     for (int stripe = unit(); stripe < stripes_; stripe += units()) {
@@ -207,7 +214,7 @@ class MemoryMatrix {
     return all(ok);
   }
 
-  OTFACE_DEVICE bool update_f(const double* g, const T* a, const T* b, double* f, Flags& empty, bool) {
+  OTFACE_DEVICE bool update_f(const double* g, const T* a, const T* b, double* f, Marks& empty, bool) {
     bool ok = true;
     for_rows_of_stripes([&](int i) {
       double least = kInfinity;
@@ -232,7 +239,7 @@ class MemoryMatrix {
     return all(ok);
   }
 
-  OTFACE_DEVICE bool update_g(const double* f, const T* a, const T* b, double* g, Flags& empty, bool) {
+  OTFACE_DEVICE bool update_g(const double* f, const T* a, const T* b, double* g, Marks& empty, bool) {
     const auto least_in = [&](int begin, int end, int j) {
       double least = kInfinity;
       for (int i = begin; i < end; ++i)

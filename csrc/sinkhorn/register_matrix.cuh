@@ -22,6 +22,8 @@
 // the iteration.
 #pragma once
 
+#include <type_traits>
+
 #include "sinkhorn/team.cuh"
 
 namespace otface::sinkhorn {
@@ -49,15 +51,27 @@ class RegisterMatrix {
   using RowVector = Owned<own_rows>;
   using ColVector = Owned<own_cols>;
 
-  // One bit per owned row or column, in registers.
-  struct Flags {
-    unsigned bits = 0;
-    __host__ __device__ Flags(Arena&, int) {}
-    OTFACE_DEVICE bool get(Slot slot) const { return (bits >> slot.k & 1) != 0; }
-    OTFACE_DEVICE void set(Slot slot, bool value) { bits = (bits & ~(1u << slot.k)) | (value ? 1u << slot.k : 0u); }
+  // Which owned rows or columns are marked; value(k) is 1 there, else 0, and is added to their sums. A number for each is
+  // quickest; where numbers take two registers, they are bits of one.
+  template <int Count>
+  struct MarksAsNumbers {
+    T v[Count];
+    __host__ __device__ MarksAsNumbers(Arena&, int) {}
+    OTFACE_DEVICE T value(int k) const { return v[k]; }
+    OTFACE_DEVICE bool get(Slot slot) const { return v[slot.k] != 0; }
+    OTFACE_DEVICE void set(Slot slot, bool marked) { v[slot.k] = marked ? T(1) : T(0); }
   };
-  using RowFlags = Flags;
-  using ColFlags = Flags;
+  struct MarksAsBits {
+    unsigned bits = 0;
+    __host__ __device__ MarksAsBits(Arena&, int) {}
+    OTFACE_DEVICE T value(int k) const { return (bits >> k & 1) != 0 ? T(1) : T(0); }
+    OTFACE_DEVICE bool get(Slot slot) const { return (bits >> slot.k & 1) != 0; }
+    OTFACE_DEVICE void set(Slot slot, bool marked) { bits = (bits & ~(1u << slot.k)) | (marked ? 1u << slot.k : 0u); }
+  };
+  template <int Count>
+  using Marks = std::conditional_t<sizeof(T) == 4, MarksAsNumbers<Count>, MarksAsBits>;
+  using RowMarks = Marks<own_rows>;
+  using ColMarks = Marks<own_cols>;
 
   // A vector in the team's memory has room for padding.
   __host__ __device__ static int row_count(int64_t) { return max_rows; }
@@ -83,7 +97,8 @@ class RegisterMatrix {
 
   OTFACE_DEVICE static bool is_first_here() { return thread_in_team() == 0; }
   OTFACE_DEVICE static int team_in_block() { return simt::thread_index() / lanes; }
-  OTFACE_DEVICE static int thread_in_team() { return simt::thread_index() % lanes; }
+  // Read anew each time, rather than kept in a register.
+  OTFACE_DEVICE static int thread_in_team() { return simt::opaque(simt::thread_index()) % lanes; }
   OTFACE_DEVICE static int team_threads() { return lanes; }
 
   // The cost into shared memory. Everything after the first sync() may use it.
@@ -156,37 +171,21 @@ class RegisterMatrix {
 
   // y = K x;  w_i = weigh(row, y_i, ok);  s = K^T w;  settle(col, s_j, ok). Whether all of the team's `ok` stayed true.
   template <class Weigh, class Settle>
-  OTFACE_DEVICE bool sweep(const ColVector& x, Weigh weigh, Settle settle) {
-    bool ok = true;
-    T x_tile[TileCols], y[TileRows];
-    gather_cols(x, x_tile);
-    OTFACE_UNROLL
-    for (int r = 0; r < TileRows; ++r) y[r] = K_[r][0] * x_tile[0];
-    OTFACE_UNROLL
-    for (int c = 1; c < TileCols; ++c) {
-      OTFACE_UNROLL
-      for (int r = 0; r < TileRows; ++r) y[r] += K_[r][c] * x_tile[c];
-    }
-    RowVector w = reduce_rows(y, Add());
-    rows([&](Slot row) { w[row.k] = weigh(row, w[row.k], ok); });
-    T w_tile[TileRows], s[TileCols];
-    gather_rows(w, w_tile);
-    OTFACE_UNROLL
-    for (int c = 0; c < TileCols; ++c) s[c] = K_[0][c] * w_tile[0];
-    OTFACE_UNROLL
-    for (int r = 1; r < TileRows; ++r) {
-      OTFACE_UNROLL
-      for (int c = 0; c < TileCols; ++c) s[c] += K_[r][c] * w_tile[r];
-    }
-    const ColVector sums = reduce_cols(s, Add());
-    cols([&](Slot col) { settle(col, sums[col.k], ok); });
-    return all(ok);
+  OTFACE_DEVICE bool sweep(const ColVector& x, Weigh weigh, Settle settle) const {
+    return sweep_from(x, [](int) { return T(0); }, weigh, [](int) { return T(0); }, settle);
+  }
+  // The same with 1 added to y and s where a row or column is marked.
+  template <class Weigh, class Settle>
+  OTFACE_DEVICE bool sweep(const ColVector& x, const RowMarks& marked_rows, Weigh weigh, const ColMarks& marked_cols,
+                           Settle settle) const {
+    return sweep_from(
+        x, [&](int k) { return marked_rows.value(k); }, weigh, [&](int k) { return marked_cols.value(k); }, settle);
   }
 
   // f_i = -eps log sum_j b_j exp((g_j - C_ij) / eps), for teams in `mask`. A row without an allowed pair becomes `empty`, with
   // f = 0. False: the cost has a NaN or a -inf, or such a row has weight. K is not touched: a lane takes a row at a time, in a
   // loop, since a second unrolled tile of costs would not fit beside K.
-  OTFACE_DEVICE bool update_f(const double* g, const T* a, const T* b, double* f, RowFlags& empty, bool mask) {
+  OTFACE_DEVICE bool update_f(const double* g, const T* a, const T* b, double* f, RowMarks& empty, bool mask) {
     bool g_is_zero = true;
     for (int j = thread_in_team(); j < p_.cols; j += lanes) g_is_zero = g_is_zero && g[j] == 0;
     // The common start, g = 0: the difference of two Ts is exact to rounding, so nothing is lost by staying with T.
@@ -213,7 +212,7 @@ class RegisterMatrix {
   }
 
   // g_j = -eps log sum_i a_i exp((f_i - C_ij) / eps), likewise.
-  OTFACE_DEVICE bool update_g(const double* f, const T* a, const T* b, double* g, ColFlags& empty, bool mask) {
+  OTFACE_DEVICE bool update_g(const double* f, const T* a, const T* b, double* g, ColMarks& empty, bool mask) {
     bool ok = true;
     if (mask) {
       for (int j = thread_in_team(); j < max_cols; j += lanes) {
@@ -347,6 +346,44 @@ class RegisterMatrix {
       return least_of(a, b);
     }
   };
+
+  // row_start(k), col_start(k): what the sums of an owned row or column begin with.
+  template <class RowStart, class Weigh, class ColStart, class Settle>
+  OTFACE_DEVICE bool sweep_from(const ColVector& x, RowStart row_start, Weigh weigh, ColStart col_start,
+                                Settle settle) const {
+    bool ok = true;
+    T x_tile[TileCols], y[TileRows];
+    gather_cols(x, x_tile);
+    OTFACE_UNROLL
+    for (int r = 0; r < TileRows; ++r)
+      y[r] = r < chunk_rows ? row_start(r) + K_[r][0] * x_tile[0] : K_[r][0] * x_tile[0];
+    OTFACE_UNROLL
+    for (int c = 1; c < TileCols; ++c) {
+      OTFACE_UNROLL
+      for (int r = 0; r < TileRows; ++r) y[r] += K_[r][c] * x_tile[c];
+    }
+    RowVector w = reduce_rows(y, Add());
+    rows([&](Slot row) {
+      if (row.k >= chunk_rows) w[row.k] += row_start(row.k);
+      w[row.k] = weigh(row, w[row.k], ok);
+    });
+    T w_tile[TileRows], s[TileCols];
+    gather_rows(w, w_tile);
+    OTFACE_UNROLL
+    for (int c = 0; c < TileCols; ++c)
+      s[c] = c < chunk_cols ? col_start(c) + K_[0][c] * w_tile[0] : K_[0][c] * w_tile[0];
+    OTFACE_UNROLL
+    for (int r = 1; r < TileRows; ++r) {
+      OTFACE_UNROLL
+      for (int c = 0; c < TileCols; ++c) s[c] += K_[r][c] * w_tile[r];
+    }
+    ColVector sums = reduce_cols(s, Add());
+    cols([&](Slot col) {
+      if (col.k >= chunk_cols) sums[col.k] += col_start(col.k);
+      settle(col, sums[col.k], ok);
+    });
+    return all(ok);
+  }
 
   // What is seldom computed from the lane's place shall not be kept through the iterations.
   OTFACE_DEVICE void forget_places() {
