@@ -95,6 +95,7 @@ class Forward {
         record(iteration);
         ++iteration;
       }
+      if (params_.history.slots != nullptr) matrix_.sync();  // before the next sweep writes r
       starts_anew = active && !in_band;
     }
     keep_r(!stopped);
