@@ -173,8 +173,6 @@ class MemoryMatrix {
     sum_of(p_.cols, sums, add);
   }
 
-  OTFACE_DEVICE RowVector own_part_of_rows(T* x) const { return Vector(x); }
-  OTFACE_DEVICE ColVector own_part_of_cols(T* x) const { return Vector(x); }
   OTFACE_DEVICE static void replace(Vector& x, Vector& y, bool mask) {
     if (!mask) return;
     T* other = x.v;

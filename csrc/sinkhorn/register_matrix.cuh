@@ -103,13 +103,11 @@ class RegisterMatrix {
 
   // The cost into shared memory. Everything after the first sync() may use it.
   OTFACE_DEVICE void read_cost(const Problems& all) {
-    const int64_t start = p_.index * all.cost.batch_stride;
-    for (int k = thread_in_team(); k < max_rows * max_cols; k += lanes) {
-      const int i = k / max_cols, j = k % max_cols;
-      cost_[i * ld + j] =
-          i < p_.rows && j < p_.cols
-              ? load_as<T>(all.cost.data, all.cost.dtype, start + i * all.cost.row_stride + j * all.cost.col_stride)
-              : static_cast<T>(kInfinity);
+    switch (all.cost.dtype) {
+      case DType::float32: return copy_cost<float>(all.cost, [](float c) { return c; });
+      case DType::float64: return copy_cost<double>(all.cost, [](double c) { return c; });
+      case DType::float16: return copy_cost<uint16_t>(all.cost, simt::half_to_float);
+      default: return copy_cost<uint16_t>(all.cost, simt::bfloat_to_float);
     }
   }
 
@@ -151,16 +149,7 @@ class RegisterMatrix {
     sum_over_team(sums);
   }
 
-  OTFACE_DEVICE RowVector own_part_of_rows(const T* x) const {
-    RowVector own;
-    rows([&](Slot row) { own[row.k] = x[row.i]; });
-    return own;
-  }
-  OTFACE_DEVICE ColVector own_part_of_cols(const T* x) const {
-    ColVector own;
-    cols([&](Slot col) { own[col.k] = x[col.i]; });
-    return own;
-  }
+  // x = y for teams in `mask`; y is lost.
   template <int Count>
   OTFACE_DEVICE static void replace(Owned<Count>& x, Owned<Count>& y, bool mask) {
     OTFACE_UNROLL
@@ -476,6 +465,23 @@ class RegisterMatrix {
     for (int c = 0; c < N; ++c) {
       OTFACE_UNROLL
       for (int bit = 1; bit < lanes; bit *= 2) sums[c] += simt::shuffle_xor(sums[c], bit);
+    }
+  }
+
+  // Row by row, the lanes side by side; several rows are on their way at a time.
+  template <class S, class Convert>
+  OTFACE_DEVICE void copy_cost(const CostView& view, Convert convert) const {
+    const S* row = static_cast<const S*>(view.data) + p_.index * view.batch_stride;
+    const int rows = p_.rows, cols = p_.cols, lane = thread_in_team();
+    OTFACE_UNROLL_BY_4
+    for (int i = 0; i < max_rows; ++i, row += view.row_stride) {
+      OTFACE_UNROLL
+      for (int first = 0; first < max_cols; first += lanes) {
+        const int j = first + lane;
+        T c = static_cast<T>(kInfinity);
+        if (i < rows && j < cols) c = static_cast<T>(convert(row[j * view.col_stride]));
+        if (j < max_cols) cost_[i * ld + j] = c;
+      }
     }
   }
 

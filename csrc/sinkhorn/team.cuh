@@ -22,8 +22,10 @@
 
 #ifdef __CUDACC__
 #define OTFACE_UNROLL _Pragma("unroll")
+#define OTFACE_UNROLL_BY_4 _Pragma("unroll 4")
 #else
 #define OTFACE_UNROLL
+#define OTFACE_UNROLL_BY_4
 #endif
 
 // What holds registers of a tile must end up in one function with it: a tile that is passed to a call lies in memory.
@@ -76,7 +78,7 @@ OTFACE_DEVICE bool within_band(T x) {
   return x >= Band<T>::low && x <= Band<T>::high;
 }
 template <class T>
-OTFACE_DEVICE T least_of(T a, T b) {
+__host__ OTFACE_DEVICE T least_of(T a, T b) {
   return a < b ? a : b;
 }
 

@@ -44,6 +44,7 @@ struct UnrolledTiles<double> {
 
 constexpr int kSharedThreads = 256;
 constexpr int kMostStreamThreads = 512;
+constexpr int64_t kMostStreamBytes = int64_t{2} << 30;  // of workspace, unless one problem alone needs more
 // A block of 256 threads holds 8 columns per thread in registers up to this width; wider rows take 512 threads.
 inline int stream_threads(int64_t m) { return m <= 256 * kColumnsPerThread ? 256 : kMostStreamThreads; }
 
@@ -175,9 +176,11 @@ class Launcher<Algorithm, T, Tiles<RegisterMatrices...>> {
       const int64_t resident =
           simt::resident_blocks(solve_in_stream<InStream>, {1, threads, choice.shared_bytes, true});
       if (resident == 0 || p.batch == 0) return;
-      const int64_t useful = most_stripes(true, p.n, threads), fair = resident > p.batch ? resident / p.batch : 1;
-      choice.blocks_per_problem = static_cast<int>(fair < useful ? fair : useful);
-      gangs = resident / choice.blocks_per_problem < p.batch ? resident / choice.blocks_per_problem : p.batch;
+      // As many problems at a time as memory is spent on, and the blocks shared among them.
+      const int64_t affordable = kMostStreamBytes > gang_bytes ? kMostStreamBytes / gang_bytes : 1;
+      const int64_t wanted = least_of(least_of(p.batch, affordable), resident);
+      choice.blocks_per_problem = static_cast<int>(least_of(most_stripes(true, p.n, threads), resident / wanted));
+      gangs = least_of(wanted, resident / choice.blocks_per_problem);
       choice.threads_per_problem = threads * choice.blocks_per_problem;
       choice.workspace_bytes = static_cast<size_t>(gangs * (gang_bytes + static_cast<int64_t>(sizeof(Meeting))));
       choice.registers = simt::registers_of(solve_in_stream<InStream>);
