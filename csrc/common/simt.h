@@ -195,12 +195,16 @@ __device__ __forceinline__ float bfloat_to_float(uint16_t bits) {
   return __uint_as_float(static_cast<unsigned>(bits) << 16);
 }
 
-// Shared memory beyond the 48 KB that every kernel has must be asked for once per kernel.
+// Shared memory beyond the 48 KB that every kernel has must be asked for, once per kernel. And where a block takes much of
+// it, all of a multiprocessor's memory shall be shared memory, none of it cache, so that as many blocks fit as can.
 template <class... P>
 cudaError_t allow_shared_memory(void (*kernel)(P...), size_t bytes) {
-  if (bytes <= 48 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  if (bytes <= 8 * 1024) return cudaSuccess;
+  const cudaError_t carved =
+      cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (carved != cudaSuccess || bytes <= 48 * 1024) return carved;
+  return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
 // "" or the text of the error. No blocks: nothing is launched.
