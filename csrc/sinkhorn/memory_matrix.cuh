@@ -135,11 +135,11 @@ class MemoryMatrix {
 
   // --- the team ---
 
-  OTFACE_DEVICE void sync() {
+  OTFACE_DEVICE void sync(simt::Where where = simt::Where::current()) {
     if constexpr (Gang) {
-      simt::gang_barrier(&meeting_->arrived, static_cast<unsigned>(blocks_));
+      simt::gang_barrier(&meeting_->arrived, static_cast<unsigned>(blocks_), where);
     } else {
-      simt::sync_block();
+      simt::sync_block(where);
     }
   }
   OTFACE_DEVICE bool any_in_domain(bool x) const { return x; }  // the domain is the team, whose threads agree

@@ -115,7 +115,7 @@ class RegisterMatrix {
 
   // --- the team ---
 
-  OTFACE_DEVICE void sync() const { simt::sync_warp(); }
+  OTFACE_DEVICE void sync(simt::Where where = simt::Where::current()) const { simt::sync_warp(where); }
   OTFACE_DEVICE bool any_in_domain(bool x) const { return simt::any_in_warp(x); }
   OTFACE_DEVICE bool all(bool x) const {
     const unsigned mine = lanes == 32 ? simt::full_mask : ((1u << (lanes & 31)) - 1u) << (team_ * lanes);
