@@ -349,7 +349,8 @@ def _solve(
         outputs = autograd.Sinkhorn.apply(*p, tol, init_g, settings)
     else:
         outputs = autograd.solve(p, tol, init_g, settings, want_history=False)[:8]
-    out = SinkhornOutput(*outputs)
-    if not settings.return_plan:
-        out = out._replace(plan=None)
+    value, transport_cost, f, g, plan, error, n_iter, converged = outputs
+    kept_plan = plan if settings.return_plan else None
+    # Not by _replace, which torch.compile of torch 2.11 cannot trace.
+    out = SinkhornOutput(value, transport_cost, f, g, kept_plan, error, n_iter, converged)
     return out if batched else SinkhornOutput(*(None if x is None else x[0] for x in out))  # type: ignore[arg-type]
