@@ -85,18 +85,48 @@ class Tolerance(NamedTuple):
     plan: float  # relative, on an entry of the plan
 
 
-def tolerance(dtype: torch.dtype, eps: float, n: int, m: int, n_iter: int, span: float = 1.0) -> Tolerance:
+def errors_of_a_half_step(n: int, m: int, device: str | torch.device) -> float:
+    """In units of u: those of a sum of up to max(n, m) terms grow like its root.
+
+    On CUDA the exponentials in the terms and the quotients are off by up to 2 units in the last place, which are 4 u,
+    and may all be off to the same side.
+    """
+    return math.sqrt(max(n, m)) + (8 if torch.device(device).type == "cuda" else 0)
+
+
+def tolerance(
+    dtype: torch.dtype,
+    eps: float,
+    n: int,
+    m: int,
+    n_iter: int,
+    span: float = 1.0,
+    device: str | torch.device = "cpu",
+) -> Tolerance:
     """What rounding may change in `n_iter` iterations whose potentials and costs are of size `span`.
 
     With u the unit roundoff, plus that of the float64 we compare with, a half-step rounds exponents of size span / eps,
-    each to u span / eps, and adds up to max(n, m) terms, whose errors grow like sqrt(max(n, m)) u. It is a (soft)
+    each to u span / eps, and adds up to max(n, m) terms (see `errors_of_a_half_step`). It is a (soft)
     minimum, so it passes the errors of the potential before it on without enlarging them: those of 2 n_iter half-steps
     add up like sqrt(2 n_iter) if none fades. 2 more are for the shift and the rounding of the result. An entry of the
     plan is exp((f + g - C) / eps): its relative error is that of f, g and C, over eps.
     """
     u = (torch.finfo(output_dtype(dtype)).eps + torch.finfo(torch.float64).eps) / 2
-    potential = (2 + math.sqrt(2 * n_iter)) * u * (span + math.sqrt(max(n, m)) * eps)
+    potential = (2 + math.sqrt(2 * n_iter)) * u * (span + errors_of_a_half_step(n, m, device) * eps)
     return Tolerance(potential, 3 * potential / eps)
+
+
+def gradient_rtol(
+    dtype: torch.dtype, eps: float, n: int, m: int, n_iter: int, device: str | torch.device = "cpu"
+) -> float:
+    """What rounding may change in a gradient, relative to its largest entry.
+
+    Entries of the plan and of each iterate's kernel carry u / eps (see `tolerance`), which the reverse sweep multiplies
+    in; sums over up to max(n, m) terms of both signs add their errors, and each of the 2 n_iter half-steps adds terms
+    of the same size to the gradient of the weights, whose shares along the shift all but cancel.
+    """
+    u = (torch.finfo(dtype).eps + torch.finfo(torch.float64).eps) / 2
+    return 4 * u * (1 + 1 / eps) * errors_of_a_half_step(n, m, device) * 2 * n_iter
 
 
 def assert_same_solution(

@@ -29,7 +29,7 @@ def centred(f: Tensor, a: Tensor) -> Tensor:
     return torch.where(a > 0, f - (a * f).sum(-1, keepdim=True) / a.sum(-1, keepdim=True), 0.0)
 
 
-def converged_tolerance(problem: Problem, eps: float, n_iter: int) -> Tolerance:
+def converged_tolerance(problem: Problem, eps: float, n_iter: int, device: str = "cpu") -> Tolerance:
     """The tolerance of two solvers that both stopped near the fixed point, POT after `n_iter` iterations at 1e-13.
 
     1e-13 is exp(-30), so an iteration shrinks an error by exp(-30 / n_iter), and about n_iter / 30 iterations count:
@@ -37,7 +37,7 @@ def converged_tolerance(problem: Problem, eps: float, n_iter: int) -> Tolerance:
     1e-13 / (smallest weight) in a scaling.
     """
     counted = max(1, math.ceil(n_iter / 30))
-    rounding = tolerance(problem.cost.dtype, eps, *problem.cost.shape[1:], n_iter=counted)
+    rounding = tolerance(problem.cost.dtype, eps, *problem.cost.shape[1:], n_iter=counted, device=device)
     smallest = min(w[w > 0].min().item() / w.sum().item() for w in (problem.a, problem.b))
     potential = rounding.potential + counted * eps * 1e-13 / smallest
     return Tolerance(potential, 3 * potential / eps)
@@ -67,7 +67,7 @@ def assert_same_plan_and_potentials(
 
 def assert_same_value(out: otface_cuda.SinkhornOutput, plan: Tensor, problem: Problem, eps: float, n_iter: int) -> None:
     """At convergence <a, f> + <b, g> is the primal objective of POT's plan."""
-    tol = converged_tolerance(problem, eps, n_iter)
+    tol = converged_tolerance(problem, eps, n_iter, out.value.device.type)
     cost, a, b = (x.double() for x in problem)
     relative_entropy = torch.xlogy(plan, plan / (a[:, :, None] * b[:, None, :])).nan_to_num().sum((1, 2))
     value = (plan * cost).sum((1, 2)) + eps * relative_entropy
@@ -111,7 +111,7 @@ def test_at_convergence(
         )
     # POT has converged after log["niter"] iterations, so have we after some more.
     out = problem.to(device).solve(eps, max_iter=log["niter"] + 20, return_plan=True)
-    tol = converged_tolerance(problem, eps, log["niter"])
+    tol = converged_tolerance(problem, eps, log["niter"], device)
     assert_same_plan_and_potentials(out, plan[None], log["log_u"][None], log["log_v"][None], problem, eps, tol)
     assert_same_value(out, plan[None], problem, eps, log["niter"])
 
@@ -124,7 +124,7 @@ def test_batch_at_convergence(n: int, m: int, eps: float, dtype: torch.dtype, de
         pot = ot.batch.solve_batch(cost, eps, a, b, max_iter=20_000, tol=1e-13, method="log_sinkhorn", grad="detach")
     assert pot.log["n_iter"] < 19_999
     out = problem.to(device).solve(eps, max_iter=pot.log["n_iter"] + 20, return_plan=True)
-    tol = converged_tolerance(problem, eps, pot.log["n_iter"])
+    tol = converged_tolerance(problem, eps, pot.log["n_iter"], device)
     assert_same_plan_and_potentials(out, pot.plan, *pot.potentials, problem, eps, tol)
     assert_same_value(out, pot.plan, problem, eps, pot.log["n_iter"])
 
@@ -142,7 +142,7 @@ def test_after_ten_iterations(n: int, m: int, eps: float, dtype: torch.dtype, de
     pot = ot.batch.solve_batch(cost, eps, a, b / b.sum(1, keepdim=True), max_iter=10, tol=0.0, grad="detach")
     out = problem.to(device).solve(eps, max_iter=10, return_plan=True)
     assert all(x.isfinite().all() for x in out)
-    tol = tolerance(dtype, eps, *problem.cost.shape[1:], n_iter=10)
+    tol = tolerance(dtype, eps, *problem.cost.shape[1:], n_iter=10, device=device)
     assert_same_plan_and_potentials(out, pot.plan, *pot.potentials, problem, eps, tol)
 
 
@@ -154,7 +154,7 @@ def test_after_ten_iterations_from_pots_start(eps: float, dtype: torch.dtype, de
     pot = ot.batch.solve_batch(cost, eps, a, b, max_iter=10, tol=0.0, grad="detach")
     init = (torch.zeros_like(problem.a).to(device), (-eps * problem.b.log()).to(device))
     out = problem.to(device).solve(eps, max_iter=10, init=init, return_plan=True)
-    tol = tolerance(dtype, eps, *problem.cost.shape[1:], n_iter=10)
+    tol = tolerance(dtype, eps, *problem.cost.shape[1:], n_iter=10, device=device)
     assert_same_plan_and_potentials(out, pot.plan, *pot.potentials, problem, eps, tol)
 
 

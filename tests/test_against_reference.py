@@ -30,7 +30,7 @@ def check(problem: Problem, eps: float | Tensor, *, span: float = 1.0, **options
     n, m = problem.cost.shape[-2:]
     smallest = float(torch.as_tensor(eps).min())
     mass = problem.a.sum(-1).max().item()
-    tol = tolerance(problem.cost.dtype, smallest, n, m, options.get("max_iter", 100), span)
+    tol = tolerance(problem.cost.dtype, smallest, n, m, options.get("max_iter", 100), span, problem.cost.device)
     assert_same_solution(out, ref, tol, mass=mass, span=span)
     assert out.n_iter.tolist() == ref.n_iter.tolist()
     return out
@@ -45,7 +45,7 @@ def test_iteration_by_iteration(shape: tuple[int, int], eps: float, dtype: torch
     on_device = problem.to(device)
     for t, (f, g) in enumerate(itertools.islice(sinkhorn_iterates(cost, eps, a, b), 12), start=1):
         out = on_device.solve(eps, max_iter=t)
-        tol = tolerance(dtype, eps, *shape, n_iter=t)
+        tol = tolerance(dtype, eps, *shape, n_iter=t, device=device)
         shift = ((b * g).sum() - (a * f).sum()) / (a.sum() + b.sum())
         torch.testing.assert_close(out.f[0].double().cpu(), f + shift, rtol=0, atol=tol.potential)
         torch.testing.assert_close(out.g[0].double().cpu(), g - shift, rtol=0, atol=tol.potential)
@@ -141,7 +141,7 @@ def test_lengths(dtype: torch.dtype, device: str) -> None:
     on_device = Problem(cost, a, b).to(device)
     out = on_device.solve(0.1, max_iter=25, return_plan=True, **lengths)
     ref = sinkhorn_reference(cost, 0.1, a, b, max_iter=25, return_plan=True, row_lengths=rows, col_lengths=cols)
-    assert_same_solution(out, ref, tolerance(dtype, 0.1, n, m, 25))
+    assert_same_solution(out, ref, tolerance(dtype, 0.1, n, m, 25, device=device))
     assert (out.f.cpu()[~valid_rows] == 0).all()
     assert (out.g.cpu()[~valid_cols] == 0).all()
     assert (out.plan.cpu()[~(valid_rows[:, :, None] & valid_cols[:, None, :])] == 0).all()
@@ -160,7 +160,7 @@ def test_uniform_weights_are_over_the_valid_entries(given: str, device: str) -> 
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
     a, b = (None if w is None else w.to(device) for w in (a, b))
     out = otface_cuda.sinkhorn(problem.cost.to(device), 0.2, a, b, return_plan=True, **moved)
-    assert_same_solution(out, ref, tolerance(torch.float64, 0.2, 6, 8, 10), mass=3.0)
+    assert_same_solution(out, ref, tolerance(torch.float64, 0.2, 6, 8, 10, device=device), mass=3.0)
 
 
 def test_weights_shared_by_the_batch(device: str) -> None:
@@ -176,7 +176,7 @@ def test_each_problem_has_its_own_eps(device: str) -> None:
     eps = torch.tensor([0.03, 0.3, 3.0, 0.1])
     out = problem.solve(eps.to(device), max_iter=20, return_plan=True)
     ref = problem.reference(eps, max_iter=20, return_plan=True)
-    assert_same_solution(out, ref, tolerance(torch.float32, 0.03, 9, 9, 20))
+    assert_same_solution(out, ref, tolerance(torch.float32, 0.03, 9, 9, 20, device=device))
 
 
 @pytest.mark.parametrize("as_output", [False, True])
@@ -187,7 +187,7 @@ def test_warm_start_continues(as_output: bool, dtype: torch.dtype, device: str) 
     init = first if as_output else (torch.full_like(first.f, 123.0), first.g)
     second = problem.solve(0.05, max_iter=5, init=init, return_plan=True)
     ref = problem.reference(0.05, max_iter=12, return_plan=True)
-    assert_same_solution(second, ref, tolerance(dtype, 0.05, 10, 12, 12))
+    assert_same_solution(second, ref, tolerance(dtype, 0.05, 10, 12, 12, device=device))
 
 
 def test_warm_start_far_from_the_solution(device: str) -> None:
@@ -197,7 +197,7 @@ def test_warm_start_far_from_the_solution(device: str) -> None:
     ref = problem.reference(0.05, max_iter=3, init=init, return_plan=True)
     init = (init[0].to(device), init[1].to(device))
     out = problem.to(device).solve(0.05, max_iter=3, init=init, return_plan=True)
-    assert_same_solution(out, ref, tolerance(torch.float32, 0.05, 10, 12, 3, span=20.0), span=1.0)
+    assert_same_solution(out, ref, tolerance(torch.float32, 0.05, 10, 12, 3, span=20.0, device=device), span=1.0)
 
 
 class TestStopping:
@@ -257,7 +257,7 @@ def test_potentials_balance(dtype: torch.dtype, device: str) -> None:
     """The returned shift is the one with <a, f> = <b, g> = value / 2."""
     problem = random_problem(3, 14, 11, seed=11, dtype=dtype, mass=2.0, device=device)
     out = problem.solve(0.1, max_iter=9)
-    atol = 2.0 * tolerance(dtype, 0.1, 14, 11, 9).potential
+    atol = 2.0 * tolerance(dtype, 0.1, 14, 11, 9, device=device).potential
     torch.testing.assert_close((problem.a * out.f).sum(1), out.value / 2, rtol=0, atol=atol)
     torch.testing.assert_close((problem.b * out.g).sum(1), out.value / 2, rtol=0, atol=atol)
 

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 import otface_cuda
 
-from .problems import Problem, random_problem, tolerance
+from .problems import Problem, gradient_rtol, random_problem, tolerance
 
 SIZES = st.integers(1, 40)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -59,7 +59,7 @@ class TestLaws:
     ) -> None:
         cost, a, b = problem.to(device)
         out = otface_cuda.sinkhorn(cost, eps, a, b, max_iter=7, return_plan=True)
-        tol = tolerance(cost.dtype, eps, *cost.shape[1:], n_iter=7).plan
+        tol = tolerance(cost.dtype, eps, *cost.shape[1:], n_iter=7, device=device).plan
         close(out.plan.sum(1), b, tol)
         close((out.plan.sum(2) - a).abs().sum(1), out.error, 2 * tol)
         assert (out.plan >= 0).all()
@@ -69,7 +69,7 @@ class TestLaws:
         problem, eps = converging
         cost, a, b = problem.to(device)
         out = otface_cuda.sinkhorn(cost, eps, a, b, max_iter=CONVERGED, return_plan=True)
-        close(out.plan.sum(2), a, tolerance(cost.dtype, eps, *cost.shape[1:], n_iter=CONVERGED).plan)
+        close(out.plan.sum(2), a, tolerance(cost.dtype, eps, *cost.shape[1:], n_iter=CONVERGED, device=device).plan)
 
     @given(problem=problems(), eps=EPS)
     def test_row_shift_of_the_cost_moves_f_alone(self, problem: Problem, eps: float, device: str) -> None:
@@ -78,7 +78,7 @@ class TestLaws:
         shifted = problem._replace(cost=problem.cost + shift[:, None]).to(device)
         x = problem.to(device).solve(eps, max_iter=5, return_plan=True)
         y = shifted.solve(eps, max_iter=5, return_plan=True)
-        tol = tolerance(problem.cost.dtype, eps, *problem.cost.shape[1:], n_iter=5, span=2.0)
+        tol = tolerance(problem.cost.dtype, eps, *problem.cost.shape[1:], n_iter=5, span=2.0, device=device)
         # Adding the shift has already rounded the cost, once more than the tolerance of one solve knows.
         moved = (problem.a * shift).sum(1, keepdim=True).to(device) / 2
         close(y.f - shift.to(device), x.f - moved, 3 * tol.potential)
@@ -94,7 +94,7 @@ class TestLaws:
         shifted = problem._replace(cost=problem.cost + shift).to(device)
         x = problem.to(device).solve(eps, max_iter=CONVERGED, return_plan=True)
         y = shifted.solve(eps, max_iter=CONVERGED + 20, return_plan=True)
-        tol = tolerance(torch.float64, eps, *problem.cost.shape[1:], n_iter=CONVERGED, span=2.0)
+        tol = tolerance(torch.float64, eps, *problem.cost.shape[1:], n_iter=CONVERGED, span=2.0, device=device)
         moved = (problem.b * shift).sum(1, keepdim=True).to(device) / 2
         close(y.g - shift.to(device), x.g - moved, 3 * tol.potential)
         close(y.f, x.f + moved, 3 * tol.potential)
@@ -106,7 +106,7 @@ class TestLaws:
         cost, a, b = problem.to(device)
         x = otface_cuda.sinkhorn(cost, eps, a, b, max_iter=CONVERGED, return_plan=True)
         y = otface_cuda.sinkhorn(cost.mT, eps, b, a, max_iter=CONVERGED, return_plan=True)
-        tol = tolerance(torch.float64, eps, *cost.shape[1:], n_iter=CONVERGED)
+        tol = tolerance(torch.float64, eps, *cost.shape[1:], n_iter=CONVERGED, device=device)
         close(y.f, x.g, 2 * tol.potential)
         close(y.g, x.f, 2 * tol.potential)
         close(y.plan, x.plan.mT, 2 * tol.plan)
@@ -117,7 +117,7 @@ class TestLaws:
         """Only C / eps enters. A scale of a power of 2 does not even round."""
         x = problem.to(device).solve(eps, max_iter=9, return_plan=True)
         y = problem._replace(cost=problem.cost * scale).to(device).solve(eps * scale, max_iter=9, return_plan=True)
-        tol = tolerance(problem.cost.dtype, eps, *problem.cost.shape[1:], n_iter=9)
+        tol = tolerance(problem.cost.dtype, eps, *problem.cost.shape[1:], n_iter=9, device=device)
         close(y.f / scale, x.f, tol.potential)
         close(y.g / scale, x.g, tol.potential)
         close(y.value / scale, x.value, 2 * tol.potential)
@@ -131,7 +131,7 @@ class TestLaws:
         permuted = Problem(cost[:, rows][:, :, cols], a[:, rows], b[:, cols]).to(device)
         x = problem.to(device).solve(eps, max_iter=6, return_plan=True)
         y = permuted.solve(eps, max_iter=6, return_plan=True)
-        tol = tolerance(cost.dtype, eps, *cost.shape[1:], n_iter=6)
+        tol = tolerance(cost.dtype, eps, *cost.shape[1:], n_iter=6, device=device)
         close(y.f, x.f[:, rows], 2 * tol.potential)
         close(y.g, x.g[:, cols], 2 * tol.potential)
         close(y.plan, x.plan[:, rows][:, :, cols], 2 * tol.plan)
@@ -143,7 +143,7 @@ class TestLaws:
         x = otface_cuda.sinkhorn(cost, eps, a, b, max_iter=6, return_plan=True)
         y = otface_cuda.sinkhorn(cost, eps, mass * a, mass * b, max_iter=6, return_plan=True)
         logarithm = eps * math.log(mass)
-        tol = tolerance(cost.dtype, eps, *cost.shape[1:], n_iter=6, span=1.0 + abs(logarithm))
+        tol = tolerance(cost.dtype, eps, *cost.shape[1:], n_iter=6, span=1.0 + abs(logarithm), device=device)
         close(y.f, x.f - logarithm / 2, 2 * tol.potential)
         close(y.g, x.g - logarithm / 2, 2 * tol.potential)
         close(y.plan / mass, x.plan, 2 * tol.plan)
@@ -154,7 +154,7 @@ class TestLaws:
     def test_dual_value_grows(self, problem: Problem, eps: float, device: str) -> None:
         """Each iteration maximises the dual over f, then over g."""
         values = [problem.to(device).solve(eps, max_iter=t).value.item() for t in range(1, 8)]
-        tol = tolerance(problem.cost.dtype, eps, *problem.cost.shape[1:], n_iter=8).potential
+        tol = tolerance(problem.cost.dtype, eps, *problem.cost.shape[1:], n_iter=8, device=device).potential
         assert all(y >= x - 4 * tol for x, y in itertools.pairwise(values))
 
 
@@ -220,10 +220,13 @@ class TestBits:
         same_bits(y, [None if field is None else field[order] for field in x])
 
     @pytest.mark.parametrize("grad", MODES)
-    @pytest.mark.parametrize(("rows", "cols"), [(1, 30), (0, 1), (3, 0), (13, 27)])
+    @pytest.mark.parametrize(("rows", "cols"), [(1, 30), (0, 1), (3, 0), (13, 27), (15, 10)])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
     def test_padding(self, rows: int, cols: int, dtype: torch.dtype, grad: str, device: str) -> None:
-        """Padded by rows and columns, whatever these hold: the same bits, and zeros in the padding."""
+        """Padded by rows and columns, whatever these hold: the same bits, and zeros in the padding.
+
+        On CUDA there are tiles of K up to 32 x 32, so that a wider problem has its sums in another order.
+        """
         problem = random_problem(3, 17, 22, dtype=dtype, device=device)
         plain = solve_and_differentiate(problem, grad, max_iter=20)
         padded = Problem(
@@ -239,7 +242,14 @@ class TestBits:
         over = dict.fromkeys(range(len(plain)), (0, 0))  # what has neither rows nor columns
         over |= {2: (0, rows), 9: (0, rows), 3: (0, cols), 10: (0, cols)}  # f, g, and the gradients of a and b
         over |= {4: (0, cols, 0, rows), 8: (0, cols, 0, rows)}  # the plan and the gradient of the cost
-        same_bits(results, [pad(x, over[k]) for k, x in enumerate(plain)])
+        expected = [pad(x, over[k]) for k, x in enumerate(plain)]
+        if device == "cpu" or max(17 + rows, 22 + cols) <= 32:
+            same_bits(results, expected)
+            return
+        rounding = gradient_rtol(dtype, 0.3, 17 + rows, 22 + cols, 20, device)
+        for k, (x, y) in enumerate(zip(results, expected, strict=True)):
+            close(x, y, rounding * max(1e-3, float(y.double().abs().max())))
+            assert (x[pad(torch.ones_like(plain[k]), over[k]) == 0] == 0).all()
 
     def test_padding_of_a_large_problem(self, device: str) -> None:
         problem = random_problem(1, 740, 710, dtype=torch.float32, device=device)
@@ -249,7 +259,7 @@ class TestBits:
             0.1, max_iter=20, **lengths
         )
         # On a GPU the padded size may belong to another tier, whose sums are in another order.
-        tol = tolerance(torch.float32, 0.1, 740, 710, n_iter=20).potential
+        tol = tolerance(torch.float32, 0.1, 740, 710, n_iter=20, device=device).potential
         close(padded.f[:, :740], plain.f, 2 * tol if device == "cuda" else 0.0)
         close(padded.g[:, :710], plain.g, 2 * tol if device == "cuda" else 0.0)
 
