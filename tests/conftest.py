@@ -14,6 +14,8 @@ from hypothesis import settings
 
 import otface_cuda
 
+from .problems import CPU_IS_EXECUTOR
+
 # The same examples in every run: a failure can be repeated, and the time is bounded.
 settings.register_profile("otface", derandomize=True, database=None, deadline=None, max_examples=20)
 settings.load_profile("otface")
@@ -21,6 +23,16 @@ settings.load_profile("otface")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "instruction_set: run again for every CPU instruction set")
+
+
+if CPU_IS_EXECUTOR:
+    from . import executor_operators
+
+    _REPLACED = executor_operators.replace_those_of_the_cpu(tier=os.environ["OTFACE_TEST_EXECUTOR"])
+
+    def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+        for what, count in sorted(executor_operators.runs.items()):
+            terminalreporter.write_line(f"on the host executor: {what}: {count} times")
 
 
 def _has_cuda_kernels() -> bool:

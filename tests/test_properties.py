@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 import otface_cuda
 
-from .problems import Problem, gradient_rtol, random_problem, tolerance
+from .problems import Problem, gradient_rtol, has_cuda_kernels, random_problem, tolerance
 
 SIZES = st.integers(1, 40)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -243,12 +243,13 @@ class TestBits:
         over |= {2: (0, rows), 9: (0, rows), 3: (0, cols), 10: (0, cols)}  # f, g, and the gradients of a and b
         over |= {4: (0, cols, 0, rows), 8: (0, cols, 0, rows)}  # the plan and the gradient of the cost
         expected = [pad(x, over[k]) for k, x in enumerate(plain)]
-        if device == "cpu" or max(17 + rows, 22 + cols) <= 32:
+        if not has_cuda_kernels(device) or max(17 + rows, 22 + cols) <= 32:
             same_bits(results, expected)
             return
         rounding = gradient_rtol(dtype, 0.3, 17 + rows, 22 + cols, 20, device)
         for k, (x, y) in enumerate(zip(results, expected, strict=True)):
-            close(x, y, rounding * max(1e-3, float(y.double().abs().max())))
+            if x.dtype != torch.bool:  # tol is 0, and an error may be so too
+                close(x, y, rounding * max(1e-3, float(y.double().abs().max())))
             assert (x[pad(torch.ones_like(plain[k]), over[k]) == 0] == 0).all()
 
     def test_padding_of_a_large_problem(self, device: str) -> None:
@@ -260,8 +261,8 @@ class TestBits:
         )
         # On a GPU the padded size may belong to another tier, whose sums are in another order.
         tol = tolerance(torch.float32, 0.1, 740, 710, n_iter=20, device=device).potential
-        close(padded.f[:, :740], plain.f, 2 * tol if device == "cuda" else 0.0)
-        close(padded.g[:, :710], plain.g, 2 * tol if device == "cuda" else 0.0)
+        close(padded.f[:, :740], plain.f, 2 * tol if has_cuda_kernels(device) else 0.0)
+        close(padded.g[:, :710], plain.g, 2 * tol if has_cuda_kernels(device) else 0.0)
 
     @given(problem=problems(batch=2), eps=EPS)
     def test_asking_for_the_plan_or_a_gradient_changes_nothing(self, problem: Problem, eps: float, device: str) -> None:
