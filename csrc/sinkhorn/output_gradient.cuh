@@ -131,14 +131,16 @@ OTFACE_DEVICE void differentiate_outputs(M& matrix, GradientState<M>& state, con
   matrix.template reduce_entries<2, 2>(
       [&](int i, int j, T k, T* by_row, T* by_col, bool writes) {
         if (i >= p.rows || j >= p.cols) return;
-        const T c = matrix.cost(i, j), a = state.a[i], b_e = state.b[j] * (k * state.inverse_r[i] * state.inverse_s[j]);
+        const T c = matrix.cost(i, j), a = state.a[i];
+        // Between two zero weights it may be beyond all bounds, but must not spoil the sums it has no part in.
+        const T e = least_of(k * state.inverse_r[i] * state.inverse_s[j], LargestOf<T>::value), b_e = state.b[j] * e;
         const T through_plan = of_plan == nullptr ? T(0) : static_cast<T>(of_plan[i * all.m + j]);
         const T by_entry = c < static_cast<T>(kInfinity) ? by_cost * c + through_plan : T(0);
         const T plan = a * b_e, by_exponent = plan * by_entry * inverse_eps;
         by_row[0] += by_exponent;
         by_row[1] += b_e * by_entry;
         by_col[0] += by_exponent;
-        by_col[1] += a * (k * state.inverse_r[i] * state.inverse_s[j]) * by_entry;
+        by_col[1] += a * e * by_entry;
         if (writes && out != nullptr) out[i * all.m + j] = static_cast<Real>(by_cost * plan - by_exponent);
       },
       [&](Slot row, const T* sums) {

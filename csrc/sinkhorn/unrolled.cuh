@@ -185,6 +185,8 @@ class Unrolled {
     matrix_.cols([&](Slot col) { state_.grad_g[col.k] = static_cast<T>(state_.by_g[col.i]); });
   }
 
+  // The sum of a row or column without weight may be infinite, and counts only in the gradient of that weight.
+  //
   // The columns half of an iteration: x = G / s, then one sweep gives F and K^T (F / r). The outer product is (a / r) x^T.
   OTFACE_DEVICE void reverse_columns(const Gradients<T>& grads) {
     matrix_.cols([&](Slot col) { state_.x[col.k] = simt::quotient(state_.grad_g[col.k], state_.s[col.k]); });
@@ -195,7 +197,8 @@ class Unrolled {
         state_.x,
         [&](Slot row, T y, bool&) {
           const T r = state_.r[row.k];
-          const T w = simt::quotient(state_.grad_f[row.i] - state_.left[row.k] * y, r);
+          const T left = state_.left[row.k];
+          const T w = simt::quotient(state_.grad_f[row.i] - (left > 0 ? left * y : T(0)), r);
           if (row.keeps) state_.f_over_r[row.k] = w;
           if (row.counts) state_.by_a[row.i] -= problem_.eps * static_cast<double>(simt::quotient(y, r));
           return w;
@@ -211,7 +214,8 @@ class Unrolled {
   // (F / r) x^T.
   OTFACE_DEVICE void reverse_rows(const typename M::ColVector& s_before, const Gradients<T>& grads) {
     matrix_.cols([&](Slot col) {
-      state_.grad_g[col.k] = -state_.x[col.k] * state_.sums[col.k];
+      const T x = state_.x[col.k];
+      state_.grad_g[col.k] = x > 0 ? -x * state_.sums[col.k] : T(0);
       if (col.counts)
         state_.by_b[col.i] -= problem_.eps * static_cast<double>(simt::quotient(state_.sums[col.k], s_before[col.k]));
     });
