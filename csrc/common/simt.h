@@ -23,6 +23,7 @@ struct Limits {
   int multiprocessors;
   int shared_bytes_per_block;  // the most that a kernel may ask for
   int shared_bytes_per_multiprocessor;
+  int64_t workspace_bytes = int64_t{2} << 30;  // that a launch may take, unless one problem alone needs more
 };
 
 struct LaunchShape {

@@ -49,7 +49,6 @@ OTFACE_DEVICE void read_problem(M& matrix, State<M>& state, const Problems& all,
     state.empty_cols.set(col, col.i >= p.cols);
     if (col.counts) state.b[col.i] = read_weight<T>(all, all.b, p.index, col.i, p.cols);
   });
-  matrix.sync();
   double of_a[3], of_b[3];  // the mass, how many are negative or NaN, how many are zero
   const auto add = [](T w, double* sums) {
     sums[0] += static_cast<double>(w);
@@ -78,13 +77,12 @@ struct Absorbed {
 };
 
 // From g in g0. The column sums go to `s` (teams in `mask` only); x is lost. wants_columns(in_band) decides about the second
-// half.
+// half. K may be used after the next sync().
 template <class M, class Wants>
 OTFACE_DEVICE Absorbed absorb(M& matrix, State<M>& state, typename M::ColVector& s, bool mask, Wants wants_columns) {
   using T = typename M::T;
   bool ok = matrix.update_f(state.g0, state.a, state.b, state.f0, state.empty_rows, mask);
   matrix.cols([&](Slot col) { state.x[col.k] = state.b[col.i]; });
-  matrix.sync();
   matrix.fill(state.f0, state.g0);
   matrix.sync();
   const bool in_band = matrix.sweep(
@@ -99,9 +97,7 @@ OTFACE_DEVICE Absorbed absorb(M& matrix, State<M>& state, typename M::ColVector&
     matrix.cols([&](Slot col) {
       if (columns) s[col.k] = 1;
     });
-    matrix.sync();
     matrix.fill(state.f0, state.g0);
-    matrix.sync();
     ok = ok && (columns_ok || !columns);
   }
   return {ok, columns};

@@ -54,7 +54,6 @@ class Forward {
     });
     matrix_.rows([&](Slot row) { state_.r[row.k] = 1; });
     bool solved = matrix_.all(finite) && p.valid;
-    matrix_.sync();
 
     const int max_iter = to_int(params_.max_iter), check_every = to_int(params_.check_every);
     int iteration = 0, next_look = tol() > 0 ? check_every : kMostIterations + 1;
@@ -68,7 +67,10 @@ class Forward {
       active = active && solved && iteration < max_iter;
       if (!matrix_.any_in_domain(active)) break;
       const bool looks = active && iteration == next_look;
-      if (matrix_.any_in_domain(looks)) keep_r(looks);
+      if (matrix_.any_in_domain(looks)) {
+        keep_r(looks);
+        matrix_.sync_in_memory();  // before the sweep writes r
+      }
       const bool in_band = matrix_.sweep(
           state_.x, state_.empty_rows,
           [&](Slot row, T y, bool& ok) {
@@ -95,7 +97,7 @@ class Forward {
         record(iteration);
         ++iteration;
       }
-      if (params_.history.slots != nullptr) matrix_.sync();  // before the next sweep writes r
+      if (params_.history.slots != nullptr) matrix_.sync_in_memory();  // before the next sweep writes r
       starts_anew = active && !in_band;
     }
     keep_r(!stopped);
@@ -141,7 +143,6 @@ class Forward {
     matrix_.rows([&](Slot row) {
       if (mask && row.counts) state_.r_before[row.i] = state_.r[row.k];
     });
-    matrix_.sync();
   }
 
   OTFACE_DEVICE void record(int iteration) {
@@ -211,7 +212,7 @@ class Forward {
       const double g = state_.g0[col.i] - p.eps * simt::log_of(static_cast<double>(state_.s[col.k]));
       state_.g0[col.i] = state_.empty_cols.get(col) ? kInfinity : g;
     });
-    matrix_.sync();
+    matrix_.sync_in_registers();
     double af[1], bg[1];
     matrix_.template sum_rows<1>(af, [&](Slot row, double* to) {
       if (state_.f0[row.i] < kInfinity) to[0] += static_cast<double>(state_.a[row.i]) * state_.f0[row.i];
@@ -239,7 +240,6 @@ class Forward {
         params_.converged[p.index] = solved && error <= tol();
       }
     }
-    matrix_.sync();  // the team's memory is free for the next problem
   }
 
   OTFACE_DEVICE void write_potentials(const double* x, int count, int64_t size, double shift, bool solved,

@@ -58,7 +58,6 @@ class Implicit {
     if (!converged) write_nan_gradients(matrix_, all, p_, grads);
     // Where the problem itself has no solution there was nothing to solve.
     if (matrix_.thread_in_team() == 0) params_.converged[p_.index] = converged || !solved;
-    matrix_.sync();  // the team's memory is free for the next problem
   }
 
  private:
@@ -90,10 +89,8 @@ class Implicit {
           s_.empty_cols.set(col, !(sum > 0));
         });
     fill_cost_gradient(matrix_, all, p_, grads.cost(), Real(0));
-    matrix_.sync();
     differentiate_outputs(matrix_, s_, all, p_, potentials, grads);
     matrix_.rows([&](Slot row) { s_.rho[row.i] = s_.rho[row.i] > 0 ? s_.rho[row.i] : 1; });
-    matrix_.sync();
     if (!solve()) return false;
 
     matrix_.cols([&](Slot col) {
@@ -103,7 +100,6 @@ class Implicit {
     matrix_.sync();
     sweep_to_f(true);
     matrix_.cols([&](Slot col) { s_.by_b[col.i] -= p_.eps * s_.sums[col.i]; });
-    matrix_.sync();
     double of_a[1], of_b[1];
     matrix_.template sum_rows<1>(of_a, [&](Slot row, double* to) { to[0] += s_.by_a[row.i]; });
     matrix_.template sum_cols<1>(of_b, [&](Slot col, double* to) { to[0] += s_.by_b[col.i]; });
@@ -160,7 +156,6 @@ class Implicit {
     });
     const double mean = norms[2] / norms[3];
     const double bound = params_.tol * params_.tol * (norms[0] > norms[1] ? norms[0] : norms[1]);
-    matrix_.sync();
     double rho[1];
     matrix_.template sum_cols<1>(rho, [&](Slot col, double* to) {
       const int j = col.i;

@@ -142,13 +142,16 @@ class MemoryMatrix {
       simt::sync_block(where);
     }
   }
+  // Sums of a sweep are handed out by whoever formed them, so that who owns a row must have read its entry before; but then
+  // there is always a barrier between that and the owner, and all the rest of a row or column is its owner's alone.
+  OTFACE_DEVICE void sync_in_memory(simt::Where where = simt::Where::current()) { sync(where); }
+  OTFACE_DEVICE void sync_in_registers() const {}
   OTFACE_DEVICE bool any_in_domain(bool x) const { return x; }  // the domain is the team, whose threads agree
   OTFACE_DEVICE bool all(bool x) {
-    const bool bad = simt::any_in_block(!x);
-    if constexpr (!Gang) return !bad;
+    if constexpr (!Gang) return !simt::any_in_block(!x);
     // Three flags in turn: one is set and read, while the next one, which nobody reads any more, is cleared.
     const int next = (round_ + 1) % 3;
-    if (thread_ == 0 && bad) simt::mark(&meeting_->bad[round_]);
+    if (simt::any_in_warp(!x) && thread_ % 32 == 0) simt::mark(&meeting_->bad[round_]);
     if (thread_ == 0 && block_ == 0) meeting_->bad[next] = 0;
     sync();
     const bool result = meeting_->bad[round_] == 0;
@@ -255,12 +258,12 @@ class MemoryMatrix {
     };
     bool ok = true;
     over_columns(0, least_in);
-    sync();
+    sync_gang();
     cols(
         [&](Slot col) { g[col.i] = of_column(0, least_in, [](double x, double y) { return least_of(x, y); }, col.i); });
-    sync();
+    sync_gang();
     over_columns(1, sum_in);
-    sync();
+    sync_gang();
     cols([&](Slot col) {
       const double sum = of_column(1, sum_in, [](double x, double y) { return x + y; }, col.i);
       const bool is_empty = !(g[col.i] < kInfinity);
@@ -291,7 +294,6 @@ class MemoryMatrix {
   // Entries are visited twice where columns are summed as well: `writes` is true the first time only.
   template <int NR, int NC, class Entry, class Row, class Col>
   OTFACE_DEVICE void reduce_entries(Entry entry, Row row, Col col) {
-    sync();
     for_rows_of_stripes([&](int i) {
       T by_row[NR > 0 ? NR : 1] = {}, by_col[NC > 0 ? NC : 1] = {};
       for (int j = thread_in_unit(); j < p_.cols; j += unit_threads())
@@ -314,7 +316,7 @@ class MemoryMatrix {
         };
       };
       for (int k = 0; k < NC; ++k) over_columns(k, sum_in(k));
-      sync();
+      sync_gang();
       cols([&](Slot slot) {
         T sums[NC];
         for (int k = 0; k < NC; ++k) sums[k] = static_cast<T>(of_column(k, sum_in(k), add, slot.i));
@@ -362,7 +364,6 @@ class MemoryMatrix {
       }
     }
     products.terms = 0;
-    sync();
   }
 
  private:
@@ -612,6 +613,10 @@ class MemoryMatrix {
     simt::sync_block();
   }
 
+  // Where a block by itself has nobody to wait for: a thread has the whole of a column.
+  OTFACE_DEVICE void sync_gang(simt::Where where = simt::Where::current()) {
+    if constexpr (Gang) sync(where);
+  }
   // part(begin, end, j): column j over some rows. In a gang, over each stripe first, into buffer `which`.
   template <class Part>
   OTFACE_DEVICE void over_columns(int which, Part part) {

@@ -85,7 +85,7 @@ OTFACE_DEVICE void write_weights_gradient(M& matrix, const double* grad, int cou
 }
 
 // Fills by_f, by_g, by_a, by_b; writes the direct part of dC to `grads.cost` if the plan is involved. Needs K, inverse_r and
-// inverse_s, visible to the team; everything written is visible to it afterwards.
+// inverse_s, which need not be visible to the team yet; everything written is visible to it afterwards.
 template <class M, class Real>
 OTFACE_DEVICE void differentiate_outputs(M& matrix, GradientState<M>& state, const Problems& all, const Problem& p,
                                          const double* potentials, const Gradients<Real>& grads) {
@@ -106,7 +106,6 @@ OTFACE_DEVICE void differentiate_outputs(M& matrix, GradientState<M>& state, con
     state.by_g[col.i] = counts ? by_value * b + (of_g == nullptr ? 0.0 : static_cast<double>(of_g[col.i])) : 0;
     state.by_b[col.i] = counts ? by_value * potentials[all.n + col.i] : 0;
   });
-  matrix.sync();
   double sum_f[1], sum_g[1];
   matrix.template sum_rows<1>(sum_f, [&](Slot row, double* to) { to[0] += state.by_f[row.i]; });
   matrix.template sum_cols<1>(sum_g, [&](Slot col, double* to) { to[0] += state.by_g[col.i]; });
@@ -153,7 +152,7 @@ OTFACE_DEVICE void differentiate_outputs(M& matrix, GradientState<M>& state, con
         state.by_g[col.i] += static_cast<double>(sums[0]);
         state.by_b[col.i] += static_cast<double>(sums[1]);
       });
-  matrix.sync();
+  matrix.sync_in_registers();
 }
 
 }  // namespace otface::sinkhorn

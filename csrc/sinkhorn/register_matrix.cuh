@@ -116,6 +116,10 @@ class RegisterMatrix {
   // --- the team ---
 
   OTFACE_DEVICE void sync(simt::Where where = simt::Where::current()) const { simt::sync_warp(where); }
+  // For what only one kind of tier needs a barrier. Here a sweep gives its sums to the owners of the rows and columns, but orders
+  // nothing; and a row or column left over has several lanes that hold it, though only one writes it to memory.
+  OTFACE_DEVICE void sync_in_registers(simt::Where where = simt::Where::current()) const { sync(where); }
+  OTFACE_DEVICE void sync_in_memory() const {}
   OTFACE_DEVICE bool any_in_domain(bool x) const { return simt::any_in_warp(x); }
   OTFACE_DEVICE bool all(bool x) const {
     const unsigned mine = lanes == 32 ? simt::full_mask : ((1u << (lanes & 31)) - 1u) << (team_ * lanes);

@@ -44,7 +44,6 @@ struct UnrolledTiles<double> {
 
 constexpr int kSharedThreads = 256;
 constexpr int kMostStreamThreads = 512;
-constexpr int64_t kMostStreamBytes = int64_t{2} << 30;  // of workspace, unless one problem alone needs more
 // A block of 256 threads holds 8 columns per thread in registers up to this width; wider rows take 512 threads.
 inline int stream_threads(int64_t m) { return m <= 256 * kColumnsPerThread ? 256 : kMostStreamThreads; }
 
@@ -91,7 +90,10 @@ __global__ void __launch_bounds__(kMostStreamThreads, 1)
   typename Algorithm::State state(arena, all.n, all.m, simt::block_threads());
   M matrix(*problem, state.matrix, scratch, meetings + gang, static_cast<int>(simt::block_index() % gang_blocks),
            gang_blocks);
-  for (int64_t index = gang; index < all.batch; index += gangs) Algorithm(matrix, state, *problem, params).run(index);
+  for (int64_t index = gang; index < all.batch; index += gangs) {
+    Algorithm(matrix, state, *problem, params).run(index);
+    matrix.sync();  // the team's memory is free for the next problem
+  }
 }
 
 // --- choice and launch ---
@@ -164,7 +166,7 @@ class Launcher<Algorithm, T, Tiles<RegisterMatrices...>> {
     KernelChoice choice;
     int64_t gangs = 0, gang_bytes = 0;
     int threads = 0;
-    InStreamWay(const Problems& p, const simt::Limits&) {
+    InStreamWay(const Problems& p, const simt::Limits& limits) {
       threads = stream_threads(p.m);
       Arena shared{nullptr};
       shared.take<typename InStream::Matrix::Scratch>(1);
@@ -177,7 +179,7 @@ class Launcher<Algorithm, T, Tiles<RegisterMatrices...>> {
           simt::resident_blocks(solve_in_stream<InStream>, {1, threads, choice.shared_bytes, true});
       if (resident == 0 || p.batch == 0) return;
       // As many problems at a time as memory is spent on, and the blocks shared among them.
-      const int64_t affordable = kMostStreamBytes > gang_bytes ? kMostStreamBytes / gang_bytes : 1;
+      const int64_t affordable = limits.workspace_bytes > gang_bytes ? limits.workspace_bytes / gang_bytes : 1;
       const int64_t wanted = least_of(least_of(p.batch, affordable), resident);
       choice.blocks_per_problem = static_cast<int>(least_of(most_stripes(true, p.n, threads), resident / wanted));
       gangs = least_of(wanted, resident / choice.blocks_per_problem);

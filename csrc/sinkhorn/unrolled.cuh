@@ -60,7 +60,6 @@ class Unrolled {
     const int64_t done = params_.n_iter[p.index];
     if (!p.valid || !is_finite(potentials()[0]) || done < 1 || done > params_.history.max_iter) {
       write_nan_gradients(matrix_, all, p, grads);
-      matrix_.sync();
       return;
     }
     fill_cost_gradient(matrix_, all, p, grads.cost(), T(0));
@@ -70,10 +69,9 @@ class Unrolled {
       reverse_stretch(begin, end, grads);
       end = begin - 1;
     }
-    matrix_.sync();
+    matrix_.sync_in_registers();
     write_weights_gradient(matrix_, state_.by_a, p.rows, all.n, 0.0, grads.a());
     write_weights_gradient(matrix_, state_.by_b, p.cols, all.m, 0.0, grads.b());
-    matrix_.sync();  // the team's memory is free for the next problem
   }
 
  private:
@@ -114,7 +112,7 @@ class Unrolled {
     matrix_.cols([&](Slot col) {
       if (col.counts) state_.s_start[col.i] = state_.s[col.k];
     });
-    matrix_.sync();
+    matrix_.sync_in_registers();
     load_sums(end, begin, state_.s);
     if (end == params_.n_iter[problem_.index]) start_from_outputs(grads);
     matrix_.clear(state_.products);  // it is clear: said so that its registers are free for what comes before
@@ -131,7 +129,6 @@ class Unrolled {
     if (columns) {
       // The two halves of this iteration belong to two matrices: K is the one of its columns, now comes that of its rows.
       matrix_.flush(state_.products, grads.cost(), params_.problems.m);
-      matrix_.sync();
       load_start_g(begin);
       matrix_.fill(state_.f0, state_.g0);
       matrix_.clear(state_.products);
@@ -148,7 +145,6 @@ class Unrolled {
     });
     reverse_rows(state_.s_before, grads);
     matrix_.flush(state_.products, grads.cost(), params_.problems.m);
-    matrix_.sync();
   }
 
   OTFACE_DEVICE void load_s_of(int t, int begin, typename M::ColVector& s) {
@@ -177,7 +173,6 @@ class Unrolled {
     matrix_.cols([&](Slot col) {
       if (col.counts) state_.inverse_s[col.i] = simt::quotient(T(1), state_.s[col.k]);
     });
-    matrix_.sync();
     differentiate_outputs(matrix_, state_, params_.problems, problem_, potentials(), grads);
     matrix_.rows([&](Slot row) {
       if (row.counts) state_.grad_f[row.i] = static_cast<T>(state_.by_f[row.i]);
@@ -204,7 +199,7 @@ class Unrolled {
           return w;
         },
         [&](Slot col, T sum, bool&) { state_.sums[col.k] = sum; });
-    matrix_.sync();  // others may still be reading grad_f
+    matrix_.sync_in_registers();  // others may still be reading grad_f
     matrix_.rows([&](Slot row) {
       if (row.counts) state_.grad_f[row.i] = 0;
     });
