@@ -35,6 +35,7 @@ class Case {
     settings.limits.multiprocessors = static_cast<int>(integer("multiprocessors", 2));
     settings.blocks_per_multiprocessor = static_cast<int>(integer("blocks_per_multiprocessor", 32));
     settings.limits.shared_bytes_per_block = static_cast<int>(integer("shared_bytes_per_block", 227 << 10));
+    settings.limits.workspace_bytes = integer("workspace_bytes", int64_t{2} << 30);
     settings.trap_invalid = integer("trap_invalid", 0) != 0;
     settings.poison = integer("poison_float", 0) != 0 ? Poison::float_type : Poison::any_type;
     tier_ = static_cast<Tier>(integer("tier", 0));

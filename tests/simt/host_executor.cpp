@@ -686,12 +686,13 @@ void sync_block(Where where) {
 }
 
 bool any_in_block(bool x, Where where) {
+  const bool orders = stands(where);  // if left out, it still votes
   Block& block = *self().warp->block;
   block.any = block.any || x;
   char* tag = block.order.tag();
-  release(tag);
+  if (orders) release(tag);
   wait(Wait::any_in_block, where);
-  acquire(tag);
+  if (orders) acquire(tag);
   return block.any_result;
 }
 

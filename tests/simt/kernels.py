@@ -56,8 +56,9 @@ def make_case(
     `cost_offset`: so many entries lie before the first one, which is then aligned only as an entry must be.
     `grads`: "value", "transport_cost", "f", "g", "plan". `options`: max_iter, check_every, want_plan, want_history,
     want_grad_cost, want_grad_a, want_grad_b, implicit_tol, implicit_max_iter; of the executor: seed, multiprocessors,
-    blocks_per_multiprocessor, shared_bytes_per_block; poison_float, another filling of shared memory, workspace and
-    results: what comes out must not depend on it; trap_invalid, for kernels that do not compute inf - inf on purpose.
+    blocks_per_multiprocessor, shared_bytes_per_block, workspace_bytes; poison_float, another filling of shared memory,
+    workspace and results: what comes out must not depend on it; trap_invalid, for kernels that do not compute inf - inf
+    on purpose.
     """
     real = np.float64 if cost.dtype == np.float64 else np.float32
     case: Arrays = {name: np.asarray(value, np.int64) for name, value in options.items() if name != "implicit_tol"}
