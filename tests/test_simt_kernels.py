@@ -128,7 +128,13 @@ def solve(
     )
     results: dict[str, np.ndarray] = {}
     for step in steps.split():
-        made = run(case | brought | {step: np.asarray(1)})
+        try:
+            made = run(case | brought | {step: np.asarray(1)})
+        except RuntimeError as error:
+            fits = "too large for the shared memory" not in str(error)
+            if way != "shared" or fits or "shared_bytes_per_block" in settings:
+                raise
+            pytest.skip("does not fit a block's shared memory: it takes the stream tier")
         if step == "forward":
             brought |= {name: made[name] for name in FOR_GRADIENTS if name in made}
         results |= {f"{step}_{name}" if name.startswith("grad_") else name: x for name, x in made.items()}
