@@ -159,6 +159,26 @@ def test_unrolled_special_values(case: str, output: str, device: str) -> None:
     assert_close_gradients(ours, theirs, gradient_rtol(torch.float64, EPS, 4, 5, 6, device))
 
 
+@pytest.mark.instruction_set
+@pytest.mark.parametrize("grad", MODES)
+def test_entry_between_two_zero_weights(grad: str, device: str) -> None:
+    """Nothing bounds its exponential, which overflows: that may not spoil what it has no part in."""
+    cost, a, b = random_problem(1, 5, 6, seed=1, dtype=torch.float32)
+    a[0, 2] = b[0, 4] = 0
+    cost[0, 2, 4] = -50
+    problem = Problem(cost, a / a.sum(1, keepdim=True), b / b.sum(1, keepdim=True)).to(device)
+    leaves = [x.clone().requires_grad_() for x in problem]
+    out = otface_cuda.sinkhorn(leaves[0], 0.05, leaves[1], leaves[2], grad=grad, max_iter=8, return_plan=True)
+    names = ["value"] if grad == "envelope" else OUTPUTS
+    loss = sum(1e6 * (getattr(out, name) * x).sum() for name, x in zip(names, cotangents(out, names), strict=True))
+    of_cost, of_a, of_b = torch.autograd.grad(loss, leaves)
+    assert of_cost.isfinite().all()
+    assert (of_cost[:, 2] == 0).all()
+    assert (of_cost[:, :, 4] == 0).all()
+    assert of_a[problem.a > 0].isfinite().all()
+    assert of_b[problem.b > 0].isfinite().all()
+
+
 def test_unrolled_with_early_stopping(device: str) -> None:
     """Problems that stop at different iterations are each differentiated through their own."""
     problem = random_problem(4, 12, 12, seed=10)

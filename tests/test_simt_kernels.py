@@ -16,39 +16,14 @@ from otface_cuda import SinkhornOutput
 from otface_cuda.reference import sinkhorn_reference
 
 from .problems import Problem, assert_same_solution, gradient_rtol, one_thread, output_dtype, random_problem, tolerance
+from .simt.cases import EDGES, LARGE, STEPS, WAYS
 from .simt.kernels import choice, make_case, run, tier_of
 
 OPS = torch.ops.otface
 OUTPUTS = ("value", "transport_cost", "f", "g", "plan")
 FIELDS = SinkhornOutput._fields
 
-# How many blocks the device holds: so the stream tier has one block for one problem after another, or gangs of several.
-ONE_BLOCK = {"multiprocessors": 1, "blocks_per_multiprocessor": 1}
-MANY_BLOCKS = {"multiprocessors": 3, "blocks_per_multiprocessor": 4}
-WAYS: dict[str, dict[str, Any]] = {
-    "registers": {"tier": "registers"},
-    "shared": {"tier": "shared"},
-    "one block": {"tier": "stream", **ONE_BLOCK},
-    "gang": {"tier": "stream", **MANY_BLOCKS},
-}
-
-# Around the tiles of the forward (16, 32, 52 and 64 in float; 16, 32 and 48 in double) and of the unrolled gradient
-# (16, 32 and 52 x 56; 16 and 32); other sizes than those of the last tile take the shared tier.
-TILE_EDGES = [(1, 1), (1, 16), (16, 1), (15, 17), (16, 16), (17, 16), (32, 31), (32, 33), (48, 48), (49, 47), (52, 56)]
-TILE_EDGES += [(53, 51), (64, 64)]
-# Around the packs of 4 or 2 columns, the 4 rows at a time, the 8 warps with at least 4 rows each, and the panels of 256
-# columns.
-SHARED_EDGES = [(1, 1), (1, 5), (3, 1), (4, 4), (5, 3), (31, 8), (33, 7), (65, 66), (5, 256), (4, 257), (9, 515)]
-# Around the stripes of 16 rows, the 32 columns that a block settles at a time, and the 256 threads.
-STREAM_EDGES = [(1, 1), (1, 33), (15, 32), (16, 31), (17, 2), (33, 260), (100, 3)]
-SHAPES = {"registers": TILE_EDGES, "shared": SHARED_EDGES, "one block": STREAM_EDGES, "gang": STREAM_EDGES}
-# 512 threads from 2049 columns on, panels from 4097 on; more than 512 stripes of 16 rows; a shape for each limit.
-LARGE_SHAPES = {
-    "registers": [],
-    "shared": [(230, 200), (37, 1100), (1200, 9)],
-    "one block": [(20, 2048), (5, 2049)],
-    "gang": [(20, 2049), (18, 4096), (19, 4097), (3, 8200), (8193, 2), (300, 310)],
-}
+EVERYTHING = " ".join(STEPS)
 
 
 def sizes(shapes: dict[str, list[tuple[int, int]]], *marks: pytest.MarkDecorator) -> list[Any]:
@@ -61,7 +36,7 @@ def sides(name: str) -> str:
     return sides_of.get(name.split("_", 1)[1] if "_grad_" in name else name, "")
 
 
-EVERY_SIZE = pytest.mark.parametrize(("way", "n", "m"), sizes(SHAPES) + sizes(LARGE_SHAPES, pytest.mark.simt_full))
+EVERY_SIZE = pytest.mark.parametrize(("way", "n", "m"), sizes(EDGES) + sizes(LARGE, pytest.mark.simt_full))
 EVERY_WAY = pytest.mark.parametrize("way", WAYS)
 EVERY_REAL = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
@@ -347,6 +322,26 @@ def test_many_iterations(way: str, dtype: torch.dtype) -> None:
 
 @EVERY_WAY
 @EVERY_REAL
+def test_weights_of_many_orders_of_magnitude(way: str, dtype: torch.dtype) -> None:
+    """One iteration after another starts anew with rows and columns, later ones with rows only."""
+    eps, orders = (1e-3, 12) if dtype == torch.float32 else (1e-4, 120)
+    cost = random_problem(2, 13, 10, seed=2, dtype=dtype).cost
+    generator = torch.Generator().manual_seed(11)
+    a, b = (10 ** (orders * torch.rand(2, size, generator=generator, dtype=torch.float64)) for size in (13, 10))
+    problem = Problem(cost, (a / a.sum(1, keepdim=True)).to(dtype), (b / b.sum(1, keepdim=True)).to(dtype))
+    one = given(problem, eps, max_iter=12)
+    assert check_forward(one, way)["rebuilt"][0].tolist() == [2, 2, 2, 0, 1, 1, 1, 1, 1, 1, 0, 1]
+    check_unrolled(one, way)
+
+
+@pytest.mark.simt_full
+def test_more_rows_than_stripes_of_the_least_height() -> None:
+    problem = random_problem(1, 8193, 2, seed=1, dtype=torch.float32)
+    check_unrolled(given(problem, 0.1, max_iter=2), "gang")
+
+
+@EVERY_WAY
+@EVERY_REAL
 @pytest.mark.parametrize("mass", [2**-10, 256.0])
 def test_zero_weights_and_masses(way: str, dtype: torch.dtype, mass: float) -> None:
     problem = random_problem(3, 13, 21, seed=2, dtype=dtype, mass=mass, zero_weights=True)
@@ -458,7 +453,6 @@ SPOILT = {
     "a start that is NaN": lambda x: x.init_g[1, 1].fill_(math.nan),
     "a start that is infinite": lambda x: x.init_g[1, 1].fill_(math.inf),
 }
-EVERYTHING = "forward envelope unrolled implicit"
 
 
 def complete(dtype: torch.dtype, batch: int, n: int, m: int, seed: int = 0, **options: Any) -> Given:
@@ -644,7 +638,13 @@ def test_size_of_the_gang_changes_no_bit(dtype: torch.dtype, n: int, m: int) -> 
         results = solve(one, "gang", EVERYTHING, grads, **limits)
         blocks.add(choice(results)["blocks_per_problem"])
         assert_all_same_bits(results, expected)
-    assert blocks == {2, 3, 4, math.ceil(n / 16)}
+    most = math.ceil(n / 16)
+    assert blocks == {2, 3, 4, most}
+    # Without room for two, one gang takes them one after the other.
+    results = solve(one, "gang", EVERYTHING, grads, workspace_bytes=1)
+    assert choice(results)["blocks_per_problem"] == most
+    assert choice(results)["workspace_bytes"] == choice(expected)["workspace_bytes"]
+    assert_all_same_bits(results, expected)
 
 
 PADDED = {  # the size, and the sizes around it that take the same kernel

@@ -111,7 +111,9 @@ class Outcome:
     report: str  # of the sanitizer, the executor or the launcher
 
 
-def run_driver(variant: str, cases: Iterable[Arrays], without_barrier: str | None = None) -> Outcome:
+def run_driver(
+    variant: str, cases: Iterable[Arrays], without_barrier: str | None = None, timeout: float | None = None
+) -> Outcome:
     """Runs cases in the executable of a variant: "plain", "address" or "thread"."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cases"
@@ -119,7 +121,10 @@ def run_driver(variant: str, cases: Iterable[Arrays], without_barrier: str | Non
         command = [str(driver(variant)), str(path)]
         if without_barrier is not None:
             command += ["without", without_barrier]
-        done = run_sanitized(command)
+        try:
+            done = run_sanitized(command, timeout)
+        except subprocess.TimeoutExpired:
+            return Outcome(False, [], [], f"no end after {timeout} s")
     words = [line.split() for line in done.stdout.splitlines()]
     return Outcome(
         done.returncode == 0,
@@ -135,14 +140,14 @@ def driver(variant: str) -> Path:
     return Build().driver(variant)
 
 
-def run_sanitized(command: list[str]) -> subprocess.CompletedProcess[str]:
+def run_sanitized(command: list[str], timeout: float | None = None) -> subprocess.CompletedProcess[str]:
     """Runs an executable that was built with a sanitizer, which ends at the first mistake."""
     environment = os.environ | {
         "ASAN_OPTIONS": "detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": "halt_on_error=1:atexit_sleep_ms=0",
     }
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=timeout)
     done.stderr = _with_lines(done.stderr, command[0])
     return done
 
