@@ -222,8 +222,11 @@ class UnrolledGradient {
         p, matrix_, *params_, views, potentials,
         [&](int64_t i, T* e) {
           const T* k = matrix_.row(i, e);
-          const T inverse_r = T(1) / r[i];
-          for (int64_t j = 0; j < p.padded_cols; ++j) e[j] = k[j] * (inverse_r * inverse_s[j]);
+          const T inverse_r = T(1) / r[i], most = std::numeric_limits<T>::max();
+          for (int64_t j = 0; j < p.padded_cols; ++j) {
+            const T x = k[j] * (inverse_r * inverse_s[j]);
+            e[j] = x > most ? most : x;  // between two zero weights it may be beyond all bounds
+          }
         },
         [&](int64_t i, const T* dc) { products_.start_row(i, dc); });
     for (int64_t i = 0; i < p.rows; ++i) grad_f_[i] = static_cast<T>(outputs_.f[i]);
@@ -231,7 +234,8 @@ class UnrolledGradient {
   }
 
   // The columns half of an iteration: x = G / s, then one sweep gives F and K^T (F / r). The outer product is (a / r) x^T.
-  // x and the weights F / r are written where the outer products expect them.
+  // x and the weights F / r are written where the outer products expect them. Where a row or column has no weight, the
+  // sweep may give infinity, which counts only in the gradient of that weight.
   void reverse_columns(const T* r, const T* s) {
     using V = Vec<T>;
     const Problem<T>& p = problem_;
@@ -242,7 +246,8 @@ class UnrolledGradient {
     T* row_share = row_share_;
     matrix_.sweep(x, column_sums_, [=](int64_t i, Four<T> y) {
       const Four<T> r_i = load<Four<T>>(r + i);
-      const Four<T> w = (load<Four<T>>(grad_f + i) - load<Four<T>>(row_weights + i) * y) / r_i;
+      const Four<T> weight = load<Four<T>>(row_weights + i), share = weight > Four<T>{} ? weight * y : Four<T>{};
+      const Four<T> w = (load<Four<T>>(grad_f + i) - share) / r_i;
       store(row_share + i, y);
       store(F_over_r + i, w);
       return w;
@@ -257,8 +262,10 @@ class UnrolledGradient {
   void reverse_rows(const T* x_before, const T* s_before) {
     using V = Vec<T>;
     const Problem<T>& p = problem_;
-    for (int64_t j = 0; j < p.padded_cols; j += lanes<T>)
-      store(grad_g_ + j, -load<V>(x_before + j) * load<V>(column_sums_ + j));
+    for (int64_t j = 0; j < p.padded_cols; j += lanes<T>) {
+      const V x = load<V>(x_before + j);
+      store(grad_g_ + j, x > V{} ? -x * load<V>(column_sums_ + j) : V{});
+    }
     if (wants_b_)
       for (int64_t j = 0; j < p.cols; ++j)
         outputs_.b[j] -= p.eps * (static_cast<double>(column_sums_[j]) / static_cast<double>(s_before[j]));
