@@ -173,8 +173,7 @@ def test_entry_between_two_zero_weights(grad: str, device: str) -> None:
     loss = sum(1e6 * (getattr(out, name) * x).sum() for name, x in zip(names, cotangents(out, names), strict=True))
     of_cost, of_a, of_b = torch.autograd.grad(loss, leaves)
     assert of_cost.isfinite().all()
-    assert (of_cost[:, 2] == 0).all()
-    assert (of_cost[:, :, 4] == 0).all()
+    assert (of_cost[:, 2, 4] == 0).all()
     assert of_a[problem.a > 0].isfinite().all()
     assert of_b[problem.b > 0].isfinite().all()
 
