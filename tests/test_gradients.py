@@ -174,7 +174,9 @@ def test_entry_between_two_zero_weights(grad: str, device: str) -> None:
     of_cost, of_a, of_b = torch.autograd.grad(loss, leaves)
     assert of_cost.isfinite().all()
     assert (of_cost[:, 2, 4] == 0).all()
-    if grad != "implicit":  # which centres them: the gradients of the two zero weights, beyond all bounds, reach every one
+    if (
+        grad != "implicit"
+    ):  # which centres them, so that those of the two zero weights, beyond all bounds, reach every one
         assert of_a[problem.a > 0].isfinite().all()
         assert of_b[problem.b > 0].isfinite().all()
 

@@ -53,8 +53,8 @@ def test_silent_around_the_edges(way: str, variant: str) -> None:
     check(variant, spread(way, seed=5), parts=2)
 
 
-# Here, only what nobody has written is NaN or infinite: tiles of the register tier are full, since the padding of the cost
-# is infinite.
+# Here, only what nobody has written is NaN or infinite: tiles of the register tier are full, since the padding of the
+# cost is infinite.
 FULL_TILES = {
     ("forward", np.float32): [(16, 16), (32, 32), (52, 52), (64, 64)],
     ("forward", np.float64): [(16, 16), (32, 32), (48, 48)],

@@ -16,7 +16,8 @@
 // Stripes depend on the shape alone, never on how many blocks work on a problem: the results are the same bits.
 //
 // Shared memory. Shared tier: K, `partial`, all vectors and `Scratch`. Stream tier: `Scratch`.
-// Bytes moved per iteration in the stream tier: sizeof(T) * n * m for K, and 1/8 of that at most for `partial`.
+// Bytes moved per iteration in the stream tier, up to 4,096 columns: sizeof(T) * n * m for K, and 1/8 of that at most for
+// `partial`. Beyond: K twice, the second time from the cache, and half of K for `partial`.
 #pragma once
 
 #include "sinkhorn/team.cuh"
