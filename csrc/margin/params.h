@@ -52,40 +52,42 @@ struct Row {
 
 // Labels to rows: x' and what concerns the target. Ignored rows get x' = 0 if `drop_ignored`.
 struct StartParams {
-  bool is_double;  // Real
-  Matrix x;        // [B, d]
-  Matrix weight;   // [C, d]
+  bool is_double;         // Real
+  Matrix x;               // [B, d]
+  Matrix weight;          // [C, d]
   const int64_t* labels;  // [B]
   int64_t ignore_index;
   bool drop_ignored;
   Margin margin;
   double scale;
   DType product_dtype;  // of the matrix products; on the CPU always Real
-  void* scaled_x;  // [B, d] product_dtype, contiguous: x'
-  Row* rows;       // [B]
+  void* scaled_x;       // [B, d] product_dtype, contiguous: x'
+  Row* rows;            // [B]
 };
 
 // 1 / |w_j|; 0 for a zero row, and for one shorter than Real's least normal number, whose inverse could overflow.
 struct NormsParams {
   bool is_double;
-  Matrix weight;         // [n, d], a chunk
-  void* inverse_norms;   // [n] Real
+  Matrix weight;        // [n, d], a chunk
+  void* inverse_norms;  // [n] Real
 };
 
 // Where the raw products of a chunk lie, and which classes these are.
 struct Chunk {
   bool is_double;
-  int64_t batch, classes;     // B, n
-  int64_t first;              // the chunk's first class
+  int64_t batch, classes;  // B, n
+  int64_t first;           // the chunk's first class
   double scale;
   const void* inverse_norms;  // [n] Real
 };
 
-// Products to cosines, in place, with -inf for the target; and the rows' most, sum and weighted go on by this chunk.
+// The rows' most, sum and weighted go on by this chunk. Products become cosines in place if `keep_cosines`, with -inf for
+// the target; else they stay. Rows without a target in range are left as they are.
 struct ForwardChunkParams {
   Chunk chunk;
-  void* products;            // [B, n] Real, rows `row_stride` apart
+  void* products;  // [B, n] Real, rows `row_stride` apart
   int64_t row_stride;
+  bool keep_cosines;
   bool smoothing;
   const void* class_weight;  // [n] Real: u of the chunk, or null: all 1
   Row* rows;                 // [B]
@@ -94,9 +96,9 @@ struct ForwardChunkParams {
 struct LossSettings {
   double scale;
   double label_smoothing;
-  const void* class_weight;   // [C] Real, or null: all 1
-  const double* weight_sum;   // [1]: the sum of u
-  int64_t num_classes;        // C
+  const void* class_weight;  // [C] Real, or null: all 1
+  const double* weight_sum;  // [1]: the sum of u
+  int64_t num_classes;       // C
 };
 
 struct LossParams {
@@ -111,19 +113,20 @@ struct LossParams {
 struct BackwardChunkParams {
   Chunk chunk;
   LossSettings settings;
-  const void* products;   // [B, n] Real, rows `row_stride` apart
+  const void* products;  // [B, n] Real, rows `row_stride` apart
   int64_t row_stride;
   bool are_cosines;
   const void* grad_loss;  // [B] Real
   const Row* rows;        // [B]
   DType product_dtype;
-  void* out;              // [B, n] product_dtype, contiguous; may be `products` where that is the same
+  void* out;  // [B, n] product_dtype, contiguous; may be `products` where that is the same
 };
 
-// Raw products of all classes to logits, in place.
+// Raw products of a chunk to logits, in place.
 struct LogitsParams {
   Chunk chunk;
-  void* products;   // [B, n] Real, contiguous
+  void* products;  // [B, n] Real, rows `row_stride` apart
+  int64_t row_stride;
   const Row* rows;  // [B]
 };
 

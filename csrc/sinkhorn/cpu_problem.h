@@ -6,7 +6,8 @@
 #include <limits>
 #include <new>
 
-#include "common/executor.h"
+#include "common/cpu_half.h"
+#include "common/cpu_run.h"
 #include "common/vec.h"
 #include "sinkhorn/params.h"
 
@@ -46,26 +47,6 @@ class Buffer {
 };
 
 inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-
-inline float half_to_float(uint16_t h) {
-  // The exponent is rebased by an exact multiplication, which also makes subnormal halves normal floats.
-  uint32_t bits = static_cast<uint32_t>(h & 0x7fff) << 13;
-  float x;
-  std::memcpy(&x, &bits, sizeof(x));
-  x *= 0x1p112f;
-  std::memcpy(&bits, &x, sizeof(x));
-  if ((h & 0x7c00) == 0x7c00) bits |= 0x7f800000u;  // infinity and NaN
-  bits |= static_cast<uint32_t>(h & 0x8000) << 16;
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
-}
-
-inline float bfloat_to_float(uint16_t h) {
-  const uint32_t bits = static_cast<uint32_t>(h) << 16;
-  float x;
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
-}
 
 template <class T>
 class CostRows {
@@ -156,17 +137,6 @@ struct RowBlocks {
     return last < total ? last : total;
   }
 };
-
-template <class F>
-void run(const Executor& executor, int64_t tasks, const F& f) {
-  if (tasks == 1) {
-    f(static_cast<int64_t>(0));
-    return;
-  }
-  executor.run(
-      tasks, [](void* context, int64_t task) { (*static_cast<const F*>(context))(task); },
-      const_cast<void*>(static_cast<const void*>(&f)));
-}
 
 template <class T>
 struct Problem {

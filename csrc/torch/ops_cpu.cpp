@@ -1,5 +1,9 @@
 // The operators on the CPU: the C++ kernels on torch's own threads.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include "margin/launch.h"
 #include "sinkhorn/launch.h"
+#include "torch/margin_ops.h"
 #include "torch/sinkhorn_ops.h"
 
 namespace otface::binding {
@@ -28,9 +32,36 @@ struct Cpu {
   static void implicit_backward(const sinkhorn::BackwardParams& params, const Tensor&) {
     sinkhorn::implicit_backward_cpu(params, torch_threads());
   }
+
+  static void start(const margin::StartParams& params, const Tensor&) { margin::start_cpu(params, torch_threads()); }
+  static void inverse_norms(const margin::NormsParams& params, const Tensor&) {
+    margin::inverse_norms_cpu(params, torch_threads());
+  }
+  static void forward_chunk(const margin::ForwardChunkParams& params, const Tensor&) {
+    margin::forward_chunk_cpu(params, torch_threads());
+  }
+  static void loss(const margin::LossParams& params, const Tensor&) { margin::loss_cpu(params, torch_threads()); }
+  static void backward_chunk(const margin::BackwardChunkParams& params, const Tensor&) {
+    margin::backward_chunk_cpu(params, torch_threads());
+  }
+  static void logits(const margin::LogitsParams& params, const Tensor&) { margin::logits_cpu(params, torch_threads()); }
+  static void logits_backward(const margin::LogitsBackwardParams& params, const Tensor&) {
+    margin::logits_backward_cpu(params, torch_threads());
+  }
+  static void project(const margin::ProjectParams& params, const Tensor&) {
+    margin::project_cpu(params, torch_threads());
+  }
+
+  // out = a b, or out + a b
+  static void product(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), add ? 1 : 0, 1));
+  }
 };
 
 }  // namespace
 }  // namespace otface::binding
 
-STABLE_TORCH_LIBRARY_IMPL(otface, CPU, m) { OTFACE_REGISTER_SINKHORN(m, otface::binding::Cpu); }
+STABLE_TORCH_LIBRARY_IMPL(otface, CPU, m) {
+  OTFACE_REGISTER_SINKHORN(m, otface::binding::Cpu);
+  OTFACE_REGISTER_MARGIN(m, otface::binding::Cpu);
+}

@@ -26,4 +26,26 @@ STABLE_TORCH_LIBRARY(otface, m) {
       "Tensor? col_lengths, Tensor potentials, Tensor? grad_value, Tensor? grad_transport_cost, Tensor? grad_f, "
       "Tensor? grad_g, Tensor? grad_plan, float tol, bool want_cost, bool want_a, bool want_b) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
+
+  // Margin operators. `rows` (B, 8) float64 is struct Row of margin/params.h; the margin is struct Margin, spread out.
+  // -> loss (B,), 0 for ignored rows; and for the gradient scaled_x (B, d) product_dtype, rows, inverse_norms (C,), and
+  //    the cosines (B, C) if store_logits
+  m.def(
+      "margin_softmax_forward(Tensor x, Tensor weight, Tensor labels, Tensor? class_weight, Tensor? weight_sum, "
+      "float m1, float m2, float m3, int beyond_pi, bool easy, bool straight_through, float scale, int ignore_index, "
+      "float label_smoothing, ScalarType product_dtype, int chunk, bool store_logits) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Both backward operators -> the gradients of x (B, d) in Real, and of weight (C, d) in its dtype.
+  m.def(
+      "margin_softmax_backward(Tensor scaled_x, Tensor weight, Tensor rows, Tensor inverse_norms, Tensor cosines, "
+      "Tensor? class_weight, Tensor? weight_sum, Tensor grad_loss, float scale, float label_smoothing, int chunk, "
+      "bool want_x, bool want_weight) -> (Tensor, Tensor)");
+  // -> logits (B, C), scaled_x, rows, inverse_norms
+  m.def(
+      "margin_logits_forward(Tensor x, Tensor weight, Tensor labels, float m1, float m2, float m3, int beyond_pi, "
+      "bool easy, bool straight_through, float scale, int ignore_index, ScalarType product_dtype, int chunk) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "margin_logits_backward(Tensor scaled_x, Tensor weight, Tensor rows, Tensor inverse_norms, Tensor grad_logits, "
+      "float scale, int chunk, bool want_x, bool want_weight) -> (Tensor, Tensor)");
 }

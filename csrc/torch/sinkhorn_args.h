@@ -1,36 +1,10 @@
 // From tensors to the plain structs of the Sinkhorn kernels, the same for every device.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include "sinkhorn/params.h"
-#include "torch/checks.h"
+#include "torch/tensors.h"
 
 namespace otface::binding {
-
-using OptionalTensor = std::optional<Tensor>;
-
-inline DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::Double: return DType::float64;
-    case ScalarType::Half: return DType::float16;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    default: STD_TORCH_CHECK(false, "cost must be float64, float32, bfloat16 or float16");
-  }
-}
-
-inline ScalarType real_of(const Tensor& cost) {
-  return cost.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// An empty tensor where nothing is wanted.
-inline Tensor make(const Tensor& like, bool wanted, ScalarType dtype, std::initializer_list<int64_t> shape) {
-  const std::vector<int64_t> size = wanted ? std::vector<int64_t>(shape) : std::vector<int64_t>{0};
-  return torch::stable::new_empty(like, {size.data(), size.size()}, dtype);
-}
-
-inline void* data(const Tensor& t, bool wanted = true) { return wanted ? t.mutable_data_ptr() : nullptr; }
 
 inline sinkhorn::WeightsView weights_view(const OptionalTensor& w, const char* name, const Tensor& cost,
                                           int64_t count) {
@@ -54,7 +28,7 @@ inline sinkhorn::Problems problems_of(const Tensor& cost, const Tensor& eps, con
   p.batch = cost.size(0);
   p.n = cost.size(1);
   p.m = cost.size(2);
-  p.cost = {cost.const_data_ptr(), dtype_of(cost), cost.stride(0), cost.stride(1), cost.stride(2)};
+  p.cost = {cost.const_data_ptr(), dtype_of(cost, "cost"), cost.stride(0), cost.stride(1), cost.stride(2)};
   p.a = weights_view(a, "a", cost, p.n);
   p.b = weights_view(b, "b", cost, p.m);
   check_tensor(eps, "eps", cost, ScalarType::Double, {p.batch});

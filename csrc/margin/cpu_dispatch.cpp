@@ -1,0 +1,30 @@
+// Picks the CPU kernels of the instruction set in use.
+#include "common/cpu_isa.h"
+#include "margin/launch.h"
+
+namespace otface::margin {
+namespace {
+
+const CpuKernels& kernels() {
+#if defined(__x86_64__)
+  switch (cpu_isa()) {
+    case Isa::avx512: return cpu_kernels_avx512;
+    case Isa::avx2: return cpu_kernels_avx2;
+    case Isa::baseline: break;
+  }
+#endif
+  return cpu_kernels_baseline;
+}
+
+}  // namespace
+
+void start_cpu(const StartParams& p, const Executor& e) { kernels().start(p, e); }
+void inverse_norms_cpu(const NormsParams& p, const Executor& e) { kernels().inverse_norms(p, e); }
+void forward_chunk_cpu(const ForwardChunkParams& p, const Executor& e) { kernels().forward_chunk(p, e); }
+void loss_cpu(const LossParams& p, const Executor& e) { kernels().loss(p, e); }
+void backward_chunk_cpu(const BackwardChunkParams& p, const Executor& e) { kernels().backward_chunk(p, e); }
+void logits_cpu(const LogitsParams& p, const Executor& e) { kernels().logits(p, e); }
+void logits_backward_cpu(const LogitsBackwardParams& p, const Executor& e) { kernels().logits_backward(p, e); }
+void project_cpu(const ProjectParams& p, const Executor& e) { kernels().project(p, e); }
+
+}  // namespace otface::margin
