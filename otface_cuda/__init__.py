@@ -9,17 +9,29 @@ _load()
 from .functional import SinkhornOutput, sinkhorn, sinkhorn_points  # noqa: E402
 from .info import info  # noqa: E402
 from .kernels import kernel_for  # noqa: E402
+from .margin_modules import CosineMarginLogits, MarginSoftmaxLoss  # noqa: E402
+from .margin_softmax import cosine_margin_logits, margin_softmax_loss  # noqa: E402
+from .margins import ArcFace, CombinedMargin, CosFace, Margin, SphereFace  # noqa: E402
 from .modules import Sinkhorn, SinkhornPairs, SinkhornPoints  # noqa: E402
 from .pairs import sinkhorn_pairs  # noqa: E402
 
 __version__ = _version("otface_cuda")
 __all__ = [
+    "ArcFace",
+    "CombinedMargin",
+    "CosFace",
+    "CosineMarginLogits",
+    "Margin",
+    "MarginSoftmaxLoss",
     "Sinkhorn",
     "SinkhornOutput",
     "SinkhornPairs",
     "SinkhornPoints",
+    "SphereFace",
+    "cosine_margin_logits",
     "info",
     "kernel_for",
+    "margin_softmax_loss",
     "sinkhorn",
     "sinkhorn_pairs",
     "sinkhorn_points",

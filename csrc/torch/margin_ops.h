@@ -18,7 +18,8 @@ struct MarginShape {
   int64_t chunk;                 // classes at a time
   ScalarType real, product_dtype;
 
-  MarginShape(const Tensor& x, const Tensor& weight, ScalarType product_dtype, int64_t chunk)
+  // A chunk's products and weights, and what they become, occupy at most `chunk_bytes`, or are 64 classes.
+  MarginShape(const Tensor& x, const Tensor& weight, ScalarType product_dtype, int64_t chunk_bytes)
       : is_double(x.scalar_type() == ScalarType::Double), real(real_of(x)), product_dtype(product_dtype) {
     STD_TORCH_CHECK(x.dim() == 2, "x must be (B, d)");
     batch = x.size(0);
@@ -30,9 +31,10 @@ struct MarginShape {
     STD_TORCH_CHECK(is_double ? product_dtype == real : product_dtype != ScalarType::Double,
                     "product_dtype does not go with x");
     STD_TORCH_CHECK(size == 0 || weight.stride(1) == 1, "weight must have adjacent columns");
-    STD_TORCH_CHECK(chunk >= 1, "chunk must be at least 1");
     classes = weight.size(0);
-    this->chunk = chunk < classes ? chunk : classes;
+    const int64_t per_class = (is_double ? 8 : 4) * 2 * (batch + size), fitting = chunk_bytes / per_class / 64 * 64;
+    chunk = fitting < 64 ? 64 : fitting;
+    if (chunk > classes) chunk = classes;
   }
 };
 
@@ -147,8 +149,9 @@ template <class Device>
 FiveTensors margin_softmax_forward(Tensor x, Tensor weight, Tensor labels, OptionalTensor class_weight,
                                    OptionalTensor weight_sum, double m1, double m2, double m3, int64_t beyond_pi,
                                    bool easy, bool straight_through, double scale, int64_t ignore_index,
-                                   double label_smoothing, ScalarType product_dtype, int64_t chunk, bool store_logits) {
-  const MarginShape shape(x, weight, product_dtype, chunk);
+                                   double label_smoothing, ScalarType product_dtype, int64_t chunk_bytes,
+                                   bool store_logits) {
+  const MarginShape shape(x, weight, product_dtype, chunk_bytes);
   const int64_t B = shape.batch, C = shape.classes;
   const margin::LossSettings settings = loss_settings(shape, x, class_weight, weight_sum, scale, label_smoothing);
   const Tensor scaled_x = make(x, true, product_dtype, {B, shape.size}), rows = make_rows(x, B);
@@ -175,9 +178,9 @@ template <class Device>
 std::tuple<Tensor, Tensor> margin_softmax_backward(Tensor scaled_x, Tensor weight, Tensor rows, Tensor inverse_norms,
                                                    Tensor cosines, OptionalTensor class_weight,
                                                    OptionalTensor weight_sum, Tensor grad_loss, double scale,
-                                                   double label_smoothing, int64_t chunk, bool want_x,
+                                                   double label_smoothing, int64_t chunk_bytes, bool want_x,
                                                    bool want_weight) {
-  const MarginShape shape(scaled_x, weight, scaled_x.scalar_type(), chunk);
+  const MarginShape shape(scaled_x, weight, scaled_x.scalar_type(), chunk_bytes);
   const int64_t B = shape.batch, C = shape.classes;
   const margin::LossSettings settings =
       loss_settings(shape, scaled_x, class_weight, weight_sum, scale, label_smoothing);
@@ -206,8 +209,8 @@ std::tuple<Tensor, Tensor> margin_softmax_backward(Tensor scaled_x, Tensor weigh
 template <class Device>
 FourMarginTensors margin_logits_forward(Tensor x, Tensor weight, Tensor labels, double m1, double m2, double m3,
                                         int64_t beyond_pi, bool easy, bool straight_through, double scale,
-                                        int64_t ignore_index, ScalarType product_dtype, int64_t chunk) {
-  const MarginShape shape(x, weight, product_dtype, chunk);
+                                        int64_t ignore_index, ScalarType product_dtype, int64_t chunk_bytes) {
+  const MarginShape shape(x, weight, product_dtype, chunk_bytes);
   const int64_t B = shape.batch, C = shape.classes;
   const Tensor scaled_x = make(x, true, product_dtype, {B, shape.size}), rows = make_rows(x, B);
   const Tensor inverse_norms = make(x, true, shape.real, {C});
@@ -227,9 +230,9 @@ FourMarginTensors margin_logits_forward(Tensor x, Tensor weight, Tensor labels, 
 
 template <class Device>
 std::tuple<Tensor, Tensor> margin_logits_backward(Tensor scaled_x, Tensor weight, Tensor rows, Tensor inverse_norms,
-                                                  Tensor grad_logits, double scale, int64_t chunk, bool want_x,
+                                                  Tensor grad_logits, double scale, int64_t chunk_bytes, bool want_x,
                                                   bool want_weight) {
-  const MarginShape shape(scaled_x, weight, scaled_x.scalar_type(), chunk);
+  const MarginShape shape(scaled_x, weight, scaled_x.scalar_type(), chunk_bytes);
   const int64_t B = shape.batch, C = shape.classes;
   check_contiguous(scaled_x, "scaled_x", scaled_x, scaled_x.scalar_type(), {B, shape.size});
   check_contiguous(rows, "rows", scaled_x, ScalarType::Double, {B, 8});

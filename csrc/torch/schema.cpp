@@ -33,19 +33,20 @@ STABLE_TORCH_LIBRARY(otface, m) {
   m.def(
       "margin_softmax_forward(Tensor x, Tensor weight, Tensor labels, Tensor? class_weight, Tensor? weight_sum, "
       "float m1, float m2, float m3, int beyond_pi, bool easy, bool straight_through, float scale, int ignore_index, "
-      "float label_smoothing, ScalarType product_dtype, int chunk, bool store_logits) -> "
+      "float label_smoothing, ScalarType product_dtype, int chunk_bytes, bool store_logits) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Both backward operators -> the gradients of x (B, d) in Real, and of weight (C, d) in its dtype.
   m.def(
       "margin_softmax_backward(Tensor scaled_x, Tensor weight, Tensor rows, Tensor inverse_norms, Tensor cosines, "
-      "Tensor? class_weight, Tensor? weight_sum, Tensor grad_loss, float scale, float label_smoothing, int chunk, "
+      "Tensor? class_weight, Tensor? weight_sum, Tensor grad_loss, float scale, float label_smoothing, int "
+      "chunk_bytes, "
       "bool want_x, bool want_weight) -> (Tensor, Tensor)");
   // -> logits (B, C), scaled_x, rows, inverse_norms
   m.def(
       "margin_logits_forward(Tensor x, Tensor weight, Tensor labels, float m1, float m2, float m3, int beyond_pi, "
-      "bool easy, bool straight_through, float scale, int ignore_index, ScalarType product_dtype, int chunk) -> "
+      "bool easy, bool straight_through, float scale, int ignore_index, ScalarType product_dtype, int chunk_bytes) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "margin_logits_backward(Tensor scaled_x, Tensor weight, Tensor rows, Tensor inverse_norms, Tensor grad_logits, "
-      "float scale, int chunk, bool want_x, bool want_weight) -> (Tensor, Tensor)");
+      "float scale, int chunk_bytes, bool want_x, bool want_weight) -> (Tensor, Tensor)");
 }

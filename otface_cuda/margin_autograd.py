@@ -1,0 +1,153 @@
+"""The operators `torch.ops.otface.margin_*` under torch's autograd, and what tracing needs to know of them.
+
+Everything here is checked: see `margin_softmax.py` for the arguments that users give.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .autograd import once_differentiable, real_dtype
+from .margins import KernelMargin
+
+_ops = torch.ops.otface
+
+
+class LogitsSettings(NamedTuple):
+    where: str  # the user's function, for messages
+    margin: KernelMargin
+    scale: float
+    ignore_index: int
+    product_dtype: torch.dtype
+    chunk_bytes: int
+
+
+class LossSettings(NamedTuple):
+    where: str
+    margin: KernelMargin
+    scale: float
+    ignore_index: int
+    label_smoothing: float
+    product_dtype: torch.dtype
+    chunk_bytes: int
+    store_logits: bool
+
+
+def logits(x: Tensor, weight: Tensor, labels: Tensor, s: LogitsSettings) -> tuple[Tensor, ...]:
+    """logits, and what the gradient needs."""
+    out: tuple[Tensor, ...] = _ops.margin_logits_forward(
+        x, weight, labels, *s.margin, s.scale, s.ignore_index, s.product_dtype, s.chunk_bytes
+    )
+    return out
+
+
+def losses(
+    x: Tensor, weight: Tensor, labels: Tensor, class_weight: Tensor | None, weight_sum: Tensor | None, s: LossSettings
+) -> tuple[Tensor, ...]:
+    """The loss of each row, and what the gradient needs."""
+    out: tuple[Tensor, ...] = _ops.margin_softmax_forward(
+        x, weight, labels, class_weight, weight_sum, *s.margin, s.scale, s.ignore_index, s.label_smoothing,
+        s.product_dtype, s.chunk_bytes, s.store_logits,
+    )  # fmt: skip
+    return out
+
+
+class CosineMarginLogits(torch.autograd.Function):
+    """x and weight to logits."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, settings: LogitsSettings) -> Tensor:  # type: ignore[no-untyped-def]
+        result, scaled_x, rows, inverse_norms = logits(x, weight, labels, settings)
+        ctx.settings, ctx.x_dtype = settings, x.dtype
+        ctx.save_for_backward(weight, scaled_x, rows, inverse_norms)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad_logits: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        s, wanted = ctx.settings, ctx.needs_input_grad[:2]
+        weight, scaled_x, rows, inverse_norms = ctx.saved_tensors
+        with torch.no_grad():
+            grads = _ops.margin_logits_backward(
+                scaled_x, weight, rows, inverse_norms, grad_logits, s.scale, s.chunk_bytes, *wanted
+            )
+        return *_finish(s.where, grads, wanted, ctx.x_dtype, (weight, scaled_x, grad_logits)), None, None
+
+
+class MarginSoftmaxLoss(torch.autograd.Function):
+    """x and weight to the loss of each row."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        class_weight: Tensor | None,
+        weight_sum: Tensor | None,
+        settings: LossSettings,
+    ) -> Tensor:
+        result, scaled_x, rows, inverse_norms, cosines = losses(x, weight, labels, class_weight, weight_sum, settings)
+        ctx.settings, ctx.x_dtype = settings, x.dtype
+        ctx.save_for_backward(weight, scaled_x, rows, inverse_norms, cosines, class_weight, weight_sum)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        s, wanted = ctx.settings, ctx.needs_input_grad[:2]
+        weight, scaled_x, rows, inverse_norms, cosines, class_weight, weight_sum = ctx.saved_tensors
+        with torch.no_grad():
+            grads = _ops.margin_softmax_backward(
+                scaled_x, weight, rows, inverse_norms, cosines, class_weight, weight_sum, grad_loss.contiguous(),
+                s.scale, s.label_smoothing, s.chunk_bytes, *wanted,
+            )  # fmt: skip
+        return *_finish(s.where, grads, wanted, ctx.x_dtype, (weight, scaled_x, grad_loss)), None, None, None, None
+
+
+def _finish(
+    where: str,
+    grads: tuple[Tensor, Tensor],
+    wanted: tuple[bool, bool],
+    x_dtype: torch.dtype,
+    inputs: tuple[Tensor, ...],
+) -> tuple[Tensor | None, ...]:
+    grad_x, grad_weight = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
+    grad_x = None if grad_x is None else grad_x.to(x_dtype)
+    return once_differentiable(where, (grad_x, grad_weight), inputs)
+
+
+def _fake_saved(x: Tensor, weight: Tensor, product_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    B, d = x.shape
+    return (
+        x.new_empty((B, d), dtype=product_dtype),
+        x.new_empty((B, 8), dtype=torch.float64),
+        x.new_empty((weight.shape[0],), dtype=real_dtype(x)),
+    )
+
+
+@torch.library.register_fake("otface::margin_softmax_forward")
+def _(x, weight, *args):  # type: ignore[no-untyped-def]
+    product_dtype, _, store_logits = args[-3:]
+    real, B = real_dtype(x), x.shape[0]
+    cosines = x.new_empty((B, weight.shape[0]) if store_logits else (0,), dtype=real)
+    return x.new_empty((B,), dtype=real), *_fake_saved(x, weight, product_dtype), cosines
+
+
+@torch.library.register_fake("otface::margin_logits_forward")
+def _(x, weight, *args):  # type: ignore[no-untyped-def]
+    logits = x.new_empty((x.shape[0], weight.shape[0]), dtype=real_dtype(x))
+    return logits, *_fake_saved(x, weight, args[-2])
+
+
+def _fake_gradients(scaled_x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    want_x, want_weight = args[-2:]
+    return (
+        scaled_x.new_empty(scaled_x.shape if want_x else (0,), dtype=real_dtype(scaled_x)),
+        weight.new_empty(weight.shape if want_weight else (0,)),
+    )
+
+
+torch.library.register_fake("otface::margin_softmax_backward")(_fake_gradients)
+torch.library.register_fake("otface::margin_logits_backward")(_fake_gradients)

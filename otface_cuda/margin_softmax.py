@@ -1,0 +1,246 @@
+"""Logits with a margin on the target's cosine, and their softmax loss without ever holding the logits."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks, margin_autograd
+from .autograd import needs_graph, real_dtype
+from .margins import Margin
+
+REDUCTIONS = ("none", "mean", "sum")
+
+# What a chunk of classes occupies by default: on the CPU it stays in the cache, on a GPU it keeps the device busy.
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
+
+
+def cosine_margin_logits(
+    x: Tensor, weight: Tensor, labels: Tensor, *, margin: Margin, scale: float, ignore_index: int = -100
+) -> Tensor:
+    r"""Logits of a classifier by angles: scale cos(theta), but scale margin(cos(theta)) for each row's own class.
+
+    With cos(theta_bj) = <x_b, w_j> / (\|x_b\| \|w_j\|), where a zero row of either has cosine 0 with everything. The
+    result is for ``F.cross_entropy``; :func:`margin_softmax_loss` is both in one, in far less memory.
+
+    Args:
+        x: embeddings (B, d), of any length; float64, float32, bfloat16 or float16.
+        weight: one row per class (C, d), of any length, in the dtype of x; as of ``nn.Linear(d, C, bias=False)``. No
+            normalised copy of it is made.
+        labels: classes (B,), an integer dtype, from 0 to C - 1 or ``ignore_index``.
+        margin: :class:`ArcFace`, :class:`CosFace`, :class:`SphereFace` or :class:`CombinedMargin`.
+        scale: positive; the s of the papers, often 64 or 30.
+        ignore_index: rows with this label get plain logits, without a margin.
+
+    Returns:
+        (B, C), float64 for float64 inputs, else float32. Gradients in x and weight: the exact derivative, also
+        at \|cos\| = 1, or as ``margin.grad`` says. For half types and under autocast on CUDA, the products are done in
+        the half type and added up in float32, and everything else is float32; on the CPU all is float32.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, what was expected and what came. Labels on a CUDA device
+            are looked at only if the environment has ``OTFACE_CHECK=1``; without it one that is out of range makes its
+            own row NaN.
+
+    >>> x, weight = torch.eye(2), torch.tensor([[1.0, 1.0], [0.0, 2.0], [-3.0, 0.0]])
+    >>> cosine_margin_logits(x, weight, torch.tensor([0, 1]), margin=otface_cuda.CosFace(0.5), scale=10.0)
+    tensor([[  2.0711,   0.0000, -10.0000],
+            [  7.0711,   5.0000,   0.0000]])
+    """
+    where = "cosine_margin_logits"
+    x, weight, labels = _check_inputs(where, x, weight, labels)
+    settings = margin_autograd.LogitsSettings(
+        where,
+        _check_margin(where, margin).kernel_form(),
+        _check_scale(where, scale),
+        _check_index(where, ignore_index),
+        _product_dtype(x),
+        CHUNK_BYTES[x.device.type],
+    )
+    _check_labels(where, labels, weight.shape[0], settings.ignore_index)
+    if needs_graph(x, weight):
+        out: Tensor = margin_autograd.CosineMarginLogits.apply(x, weight, labels, settings)
+        return out
+    return margin_autograd.logits(x, weight, labels, settings)[0]
+
+
+def margin_softmax_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    margin: Margin,
+    scale: float,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    store_logits: bool = False,
+    chunk_bytes: int | None = None,
+) -> Tensor:
+    r"""The cross entropy of :func:`cosine_margin_logits`, without ever holding the (B, C) logits.
+
+    loss_b = log sum_j exp(logit_bj) - logit_{b, label_b}; the classes are taken in chunks, and once more for the
+    gradient. The arguments beyond those of :func:`cosine_margin_logits` mean what they mean in ``F.cross_entropy``,
+    whose results these are to rounding; small losses, which float32 rounds to zero there, keep their digits.
+
+    Args:
+        x, weight, labels, margin, scale: as in :func:`cosine_margin_logits`.
+        reduction: ``"mean"``: over the rows that are not ignored, weighted by the class weights of their labels (NaN
+            where there is none); ``"sum"``; or ``"none"``: the loss of each row (B,).
+        ignore_index: rows with this label have loss 0 and gradient 0, whatever is in them.
+        label_smoothing: from 0 to 1; the share of the target that is spread over all classes.
+        class_weight: (C,) weights of the classes in the loss, not negative, without gradient; ``weight`` in
+            ``F.cross_entropy``.
+        store_logits: keep (B, C) numbers for the gradient, rather than compute them again: three matrix products
+            instead of four.
+        chunk_bytes: what a chunk of classes may occupy, with its products, its weights and their gradients; at least
+            64 classes are taken at a time. By default 8 MiB on the CPU and 64 MiB on CUDA. Changes rounding only.
+
+    Returns:
+        A scalar, or (B,); float64 for float64 inputs, else float32. Gradients in x and weight, as in
+        :func:`cosine_margin_logits`. Beside these, and C numbers, the memory is that of a chunk.
+
+    Raises:
+        TypeError, ValueError: as in :func:`cosine_margin_logits`.
+
+    >>> x, weight = torch.eye(2), torch.tensor([[1.0, 1.0], [0.0, 2.0], [-3.0, 0.0]])
+    >>> margin_softmax_loss(x, weight, torch.tensor([0, 1]), margin=otface_cuda.ArcFace(0.5), scale=10.0)
+    tensor(0.3028)
+    """
+    where = "margin_softmax_loss"
+    x, weight, labels = _check_inputs(where, x, weight, labels)
+    _checks.check_choice(where, "reduction", reduction, REDUCTIONS)
+    if not isinstance(store_logits, bool):
+        raise _checks.wrong_type(where, "store_logits", "True or False", store_logits)
+    if chunk_bytes is None:
+        chunk_bytes = CHUNK_BYTES[x.device.type]
+    settings = margin_autograd.LossSettings(
+        where,
+        _check_margin(where, margin).kernel_form(),
+        _check_scale(where, scale),
+        _check_index(where, ignore_index),
+        _check_smoothing(where, label_smoothing),
+        _product_dtype(x),
+        _checks.check_int(where, "chunk_bytes", chunk_bytes, 1),
+        store_logits,
+    )
+    u = None if class_weight is None else _check_class_weight(where, class_weight, x, weight)
+    _check_labels(where, labels, weight.shape[0], settings.ignore_index)
+    weight_sum = None
+    if settings.label_smoothing > 0:
+        weight_sum = torch.full((1,), float(weight.shape[0]), dtype=torch.float64, device=x.device)
+        if u is not None:
+            weight_sum = u.double().sum().reshape(1)
+    if needs_graph(x, weight):
+        losses: Tensor = margin_autograd.MarginSoftmaxLoss.apply(x, weight, labels, u, weight_sum, settings)
+    else:
+        losses = margin_autograd.losses(x, weight, labels, u, weight_sum, settings)[0]
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    counted = labels != settings.ignore_index
+    if u is None:
+        return losses.sum() / counted.sum()
+    return losses.sum() / (u[labels.clamp(0, weight.shape[0] - 1)] * counted).sum()
+
+
+def _check_inputs(where: str, x: Any, weight: Any, labels: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The three as the operators take them."""
+    _checks.check_floating(where, "x", x, "(B, d)", (2,))
+    _checks.check_floating(where, "weight", weight, "(C, d)", (2,))
+    _checks.check_has_kernels(where, "x", x)
+    _checks.check_device(where, "weight", weight, "x", x)
+    if x.shape[1] == 0:
+        raise _checks.wrong_value(where, "x", "of shape (B, d) with d >= 1", x)
+    if weight.shape[1] != x.shape[1] or weight.shape[0] == 0:
+        raise _checks.wrong_value(where, "weight", f"of shape (C, {x.shape[1]}) with C >= 1 to go with `x`", weight)
+    autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+    if x.dtype != weight.dtype and not autocast:
+        raise _checks.wrong_type(where, "weight", f"of the dtype of `x` ({x.dtype})", weight)
+    expected = f"an integer tensor of shape ({x.shape[0]},)"
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        raise _checks.wrong_type(where, "labels", expected, labels)
+    if labels.dtype == torch.bool:
+        raise _checks.wrong_type(where, "labels", expected, labels)
+    _checks.check_dense(where, "labels", labels)
+    if labels.shape != x.shape[:1]:
+        raise _checks.wrong_value(where, "labels", expected, labels)
+    _checks.check_device(where, "labels", labels, "x", x)
+    return _adjacent_columns(x), _adjacent_columns(weight), labels.to(torch.int64).contiguous()
+
+
+def _adjacent_columns(x: Tensor) -> Tensor:
+    """Itself, or a copy where its rows are not contiguous or overlap."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that the matrix products read."""
+    if x.device.type == "cpu" or x.dtype == torch.float64:
+        return real_dtype(x)
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+
+
+def _check_margin(where: str, margin: Any) -> Margin:
+    if not isinstance(margin, Margin):
+        raise _checks.wrong_type(where, "margin", "a margin such as otface_cuda.ArcFace(0.5)", margin)
+    return margin
+
+
+def _check_scale(where: str, scale: Any) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise _checks.wrong_type(where, "scale", "a positive float", scale)
+    if not 0 < float(scale) < math.inf:
+        raise _checks.wrong_value(where, "scale", "positive and finite", scale)
+    return float(scale)
+
+
+def _check_index(where: str, ignore_index: Any) -> int:
+    return _checks.check_int(where, "ignore_index", ignore_index, -(2**63))
+
+
+def _check_smoothing(where: str, label_smoothing: Any) -> float:
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, Real):
+        raise _checks.wrong_type(where, "label_smoothing", "a float from 0 to 1", label_smoothing)
+    if not 0 <= float(label_smoothing) <= 1:
+        raise _checks.wrong_value(where, "label_smoothing", "from 0 to 1", label_smoothing)
+    return float(label_smoothing)
+
+
+def _check_class_weight(where: str, class_weight: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """(C,) in the dtype of the arithmetic."""
+    _checks.check_floating(where, "class_weight", class_weight, f"({weight.shape[0]},)", (1,))
+    if class_weight.shape != weight.shape[:1]:
+        raise _checks.wrong_value(where, "class_weight", f"of shape ({weight.shape[0]},)", class_weight)
+    _checks.check_device(where, "class_weight", class_weight, "x", x)
+    if class_weight.requires_grad:
+        raise ValueError(
+            f"{where}: `class_weight` must not require grad, its gradient is not computed; pass `class_weight.detach()`"
+        )
+    if _checks.checks_data(class_weight):
+        wrong = ~((class_weight >= 0) & class_weight.isfinite())
+        if wrong.any():
+            j = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"{where}: `class_weight` must be finite and not negative, got {class_weight[j].item()} for class {j}"
+            )
+    u: Tensor = class_weight.to(real_dtype(x)).contiguous()
+    return u
+
+
+def _check_labels(where: str, labels: Tensor, classes: int, ignore_index: int) -> None:
+    if not _checks.checks_data(labels):
+        return
+    wrong = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
+    if wrong.any():
+        b = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{where}: `labels` must be from 0 to {classes - 1}, or {ignore_index} for a row to be ignored, "
+            f"got {int(labels[b])} for row {b}"
+        )
