@@ -131,7 +131,7 @@ def _fake_saved(x: Tensor, weight: Tensor, product_dtype: torch.dtype) -> tuple[
 def _(x, weight, *args):  # type: ignore[no-untyped-def]
     product_dtype, _, store_logits = args[-3:]
     real, B = real_dtype(x), x.shape[0]
-    cosines = x.new_empty((B, weight.shape[0]) if store_logits else (0,), dtype=real)
+    cosines = x.new_empty((B * weight.shape[0] if store_logits else 0,), dtype=real)
     return x.new_empty((B,), dtype=real), *_fake_saved(x, weight, product_dtype), cosines
 
 

@@ -58,9 +58,9 @@ void for_each_chunk(const MarginShape& shape, Tensor weight, const F& f) {
   }
 }
 
-// The first B * count elements of a flat buffer as a matrix.
-inline Tensor matrix_in(Tensor& buffer, int64_t rows, int64_t cols) {
-  return torch::stable::view(torch::stable::narrow(buffer, 0, 0, rows * cols), {rows, cols});
+// A part of a flat buffer as a matrix.
+inline Tensor matrix_in(Tensor& buffer, int64_t rows, int64_t cols, int64_t start = 0) {
+  return torch::stable::view(torch::stable::narrow(buffer, 0, start, rows * cols), {rows, cols});
 }
 
 inline char* advance(const Tensor& t, int64_t elements) {
@@ -156,14 +156,14 @@ FiveTensors margin_softmax_forward(Tensor x, Tensor weight, Tensor labels, Optio
   const margin::LossSettings settings = loss_settings(shape, x, class_weight, weight_sum, scale, label_smoothing);
   const Tensor scaled_x = make(x, true, product_dtype, {B, shape.size}), rows = make_rows(x, B);
   const Tensor inverse_norms = make(x, true, shape.real, {C}), loss = make(x, true, shape.real, {B});
-  Tensor cosines = make(x, store_logits, shape.real, {B, C});
+  Tensor cosines = make(x, store_logits, shape.real, {B * C});  // chunk after chunk, each a matrix of its own
   Device::start(start_params(shape, x, weight, labels, margin_of(m1, m2, m3, beyond_pi, easy, straight_through), scale,
                              ignore_index, true, scaled_x, rows),
                 x);
   Tensor buffer = make(x, !store_logits, shape.real, {B * shape.chunk});
   for_each_chunk(shape, weight, [&](int64_t first, int64_t count, Tensor& part) {
     Device::inverse_norms({shape.is_double, matrix_of(part, "weight"), advance(inverse_norms, first)}, x);
-    Tensor products = store_logits ? torch::stable::narrow(cosines, 1, first, count) : matrix_in(buffer, B, count);
+    Tensor products = store_logits ? matrix_in(cosines, B, count, B * first) : matrix_in(buffer, B, count);
     Device::product(products, scaled_x, torch::stable::transpose(part, 0, 1), false);
     const void* u = class_weight ? advance(*class_weight, first) : nullptr;
     Device::forward_chunk({chunk_of(shape, first, count, scale, inverse_norms), data(products), products.stride(0),
@@ -188,13 +188,13 @@ std::tuple<Tensor, Tensor> margin_softmax_backward(Tensor scaled_x, Tensor weigh
   check_contiguous(rows, "rows", scaled_x, ScalarType::Double, {B, 8});
   check_contiguous(inverse_norms, "inverse_norms", scaled_x, shape.real, {C});
   check_contiguous(grad_loss, "grad_loss", scaled_x, shape.real, {B});
-  const bool stored = cosines.dim() == 2;
-  if (stored) check_contiguous(cosines, "cosines", scaled_x, shape.real, {B, C});
+  const bool stored = cosines.size(0) > 0;
+  if (stored) check_contiguous(cosines, "cosines", scaled_x, shape.real, {B * C});
   const bool in_place = shape.product_dtype == shape.real;
   Tensor buffer = make(scaled_x, !stored || in_place, shape.real, {B * shape.chunk});
   Tensor rounded = make(scaled_x, !in_place, shape.product_dtype, {B * shape.chunk});
   const auto make_h = [&](int64_t first, int64_t count, Tensor& part) {
-    Tensor products = stored ? torch::stable::narrow(cosines, 1, first, count) : matrix_in(buffer, B, count);
+    Tensor products = stored ? matrix_in(cosines, B, count, B * first) : matrix_in(buffer, B, count);
     if (!stored) Device::product(products, scaled_x, torch::stable::transpose(part, 0, 1), false);
     Tensor h = matrix_in(in_place ? buffer : rounded, B, count);
     Device::backward_chunk(

@@ -29,7 +29,7 @@ STABLE_TORCH_LIBRARY(otface, m) {
 
   // Margin operators. `rows` (B, 8) float64 is struct Row of margin/params.h; the margin is struct Margin, spread out.
   // -> loss (B,), 0 for ignored rows; and for the gradient scaled_x (B, d) product_dtype, rows, inverse_norms (C,), and
-  //    the cosines (B, C) if store_logits
+  //    the cosines (B * C,) if store_logits: chunk after chunk, each (B, classes)
   m.def(
       "margin_softmax_forward(Tensor x, Tensor weight, Tensor labels, Tensor? class_weight, Tensor? weight_sum, "
       "float m1, float m2, float m3, int beyond_pi, bool easy, bool straight_through, float scale, int ignore_index, "
