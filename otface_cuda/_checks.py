@@ -79,6 +79,14 @@ def check_int(where: str, name: str, x: Any, least: int) -> int:
     return whole
 
 
+def check_finite(where: str, name: str, x: Any) -> float:
+    if isinstance(x, bool) or not isinstance(x, (Real, torch.SymFloat, torch.SymInt)):
+        raise wrong_type(where, name, "a float", x)
+    if not math.isfinite(x):
+        raise wrong_value(where, name, "finite", x)
+    return float(x)
+
+
 def check_choice(where: str, name: str, x: Any, choices: Sequence[str]) -> None:
     if x not in choices:
         raise wrong_value(where, name, " or ".join([", ".join(map(repr, choices[:-1])), repr(choices[-1])]), x)
@@ -129,6 +137,18 @@ def checks_data(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return x.device.type == "cpu" or os.environ.get("OTFACE_CHECK") == "1"
+
+
+def class_labels(where: str, x: Any, like_name: str, like: Tensor) -> Tensor:
+    """(B,) int64, one for each row of `like`."""
+    expected = f"an integer tensor of shape ({like.shape[0]},)"
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise wrong_type(where, "labels", expected, x)
+    check_dense(where, "labels", x)
+    if x.shape != like.shape[:1]:
+        raise wrong_value(where, "labels", expected, x)
+    check_device(where, "labels", x, like_name, like)
+    return x.to(torch.int64).contiguous()
 
 
 def lengths(

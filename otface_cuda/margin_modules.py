@@ -14,7 +14,9 @@ from .margins import ArcFace, Margin
 _ARCFACE = ArcFace(0.5)
 
 
-class _MarginHead(nn.Module):
+class MarginHead(nn.Module):
+    """What all heads have: class weights (C, d), and settings that are shown."""
+
     weight: nn.Parameter
 
     def __init__(
@@ -42,7 +44,7 @@ class _MarginHead(nn.Module):
         return f"num_classes={self.num_classes}, embedding_size={self.embedding_size}{settings}"
 
 
-class CosineMarginLogits(_MarginHead):
+class CosineMarginLogits(MarginHead):
     """:func:`otface_cuda.cosine_margin_logits` with class weights (C, d), compatible with those of
     ``nn.Linear(embedding_size, num_classes, bias=False)``.
 
@@ -76,14 +78,15 @@ easy_margin=False, grad='exact'), scale=64.0, ignore_index=-100)
         return cosine_margin_logits(x, self.weight, labels, **self.settings)
 
 
-class MarginSoftmaxLoss(_MarginHead):
+class MarginSoftmaxLoss(MarginHead):
     """:func:`otface_cuda.margin_softmax_loss` with class weights (C, d), compatible with those of
     ``nn.Linear(embedding_size, num_classes, bias=False)``.
 
     ``forward(x, labels)`` -> loss. Arguments as of the function, with ``margin=ArcFace(0.5)`` and ``scale=64.0``;
     ``class_weight`` becomes a buffer that the state dict leaves out.
 
-    >>> loss = MarginSoftmaxLoss(num_classes=10, embedding_size=4, margin=otface_cuda.CosFace(0.35), scale=30.0)
+    >>> from otface_cuda import CosFace
+    >>> loss = MarginSoftmaxLoss(num_classes=10, embedding_size=4, margin=CosFace(0.35), scale=30.0)
     >>> loss(torch.randn(3, 4), torch.tensor([0, 7, 2])).backward()
     >>> loss.weight.grad.shape
     torch.Size([10, 4])

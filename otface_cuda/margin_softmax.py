@@ -46,8 +46,9 @@ def cosine_margin_logits(
             are looked at only if the environment has ``OTFACE_CHECK=1``; without it one that is out of range makes its
             own row NaN.
 
+    >>> from otface_cuda import CosFace
     >>> x, weight = torch.eye(2), torch.tensor([[1.0, 1.0], [0.0, 2.0], [-3.0, 0.0]])
-    >>> cosine_margin_logits(x, weight, torch.tensor([0, 1]), margin=otface_cuda.CosFace(0.5), scale=10.0)
+    >>> cosine_margin_logits(x, weight, torch.tensor([0, 1]), margin=CosFace(0.5), scale=10.0)
     tensor([[  2.0711,   0.0000, -10.0000],
             [  7.0711,   5.0000,   0.0000]])
     """
@@ -108,8 +109,9 @@ def margin_softmax_loss(
     Raises:
         TypeError, ValueError: as in :func:`cosine_margin_logits`.
 
+    >>> from otface_cuda import ArcFace
     >>> x, weight = torch.eye(2), torch.tensor([[1.0, 1.0], [0.0, 2.0], [-3.0, 0.0]])
-    >>> margin_softmax_loss(x, weight, torch.tensor([0, 1]), margin=otface_cuda.ArcFace(0.5), scale=10.0)
+    >>> margin_softmax_loss(x, weight, torch.tensor([0, 1]), margin=ArcFace(0.5), scale=10.0)
     tensor(0.3028)
     """
     where = "margin_softmax_loss"
@@ -163,16 +165,8 @@ def _check_inputs(where: str, x: Any, weight: Any, labels: Any) -> tuple[Tensor,
     autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
     if x.dtype != weight.dtype and not autocast:
         raise _checks.wrong_type(where, "weight", f"of the dtype of `x` ({x.dtype})", weight)
-    expected = f"an integer tensor of shape ({x.shape[0]},)"
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-        raise _checks.wrong_type(where, "labels", expected, labels)
-    if labels.dtype == torch.bool:
-        raise _checks.wrong_type(where, "labels", expected, labels)
-    _checks.check_dense(where, "labels", labels)
-    if labels.shape != x.shape[:1]:
-        raise _checks.wrong_value(where, "labels", expected, labels)
-    _checks.check_device(where, "labels", labels, "x", x)
-    return _adjacent_columns(x), _adjacent_columns(weight), labels.to(torch.int64).contiguous()
+    labels = _checks.class_labels(where, labels, "x", x)
+    return _adjacent_columns(x), _adjacent_columns(weight), labels
 
 
 def _adjacent_columns(x: Tensor) -> Tensor:
