@@ -7,18 +7,22 @@ is solved there, also one that is listed twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _checks, autograd
-from .costs import METRICS, cost_backward, cost_of_prepared, prepare_points
+from .costs import METRICS, prepare_points
 from .functional import SinkhornOutput
+from .pair_costs import Block, BlockCosts, GatheredCosts
 
 # A chunk should stay in a processor's cache, but give a GPU thousands of small problems at a time.
 DEFAULT_CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+# On the CPU: so many points make a block of rows, and so much of a block has to be listed.
+BLOCK_ROWS, LEAST_FILLED = 400, 0.35
 # Both point sets of a pair and their gradients; for the distances also centred copies and the two products of each.
 COPIES_OF_POINTS = {"cosine": 4, "sqeuclidean": 8, "euclidean": 8}
 
@@ -156,7 +160,7 @@ class _SinkhornPairs(torch.autograd.Function):
         return grad_features, None, None, grad_a, grad_b, None, *(None for _ in ctx.settings)
 
 
-class _Distinct(NamedTuple):
+class Distinct(NamedTuple):
     """The different ones among the listed pairs, and which of them each listed pair is."""
 
     first: Tensor  # (U,) index into the features, within range
@@ -164,13 +168,14 @@ class _Distinct(NamedTuple):
     valid: Tensor  # (U,) False where an index was out of range
     listed: Tensor | None  # (U,) the first place in the list where the pair stands; None: U = K, each in its place
     which: Tensor | None  # (K,) into the U
+    ordered: bool  # by first, then by second
 
     def places(self, rows: slice) -> slice | Tensor:
         """Where these of the different pairs stand in the list."""
         return rows if self.listed is None else self.listed[rows]
 
 
-def _distinct(pairs: Tensor, eps: Tensor, tol: Tensor, points: int, own_weights: bool) -> _Distinct:
+def _distinct(pairs: Tensor, eps: Tensor, tol: Tensor, points: int, own_weights: bool) -> Distinct:
     listed = which = None
     if not own_weights and pairs.device.type == "cpu":  # elsewhere torch.unique would wait for the device
         # Two entries of the list are one problem if eps and tol are the same too.
@@ -182,39 +187,133 @@ def _distinct(pairs: Tensor, eps: Tensor, tol: Tensor, points: int, own_weights:
         pairs = pairs[listed]
     first, second = pairs.unbind(1)
     valid = (first >= 0) & (first < points) & (second >= 0) & (second < points)
-    return _Distinct(torch.where(valid, first, 0), torch.where(valid, second, 0), valid, listed, which)
+    return Distinct(
+        torch.where(valid, first, 0), torch.where(valid, second, 0), valid, listed, which, listed is not None
+    )
 
 
 class _Chunk(NamedTuple):
     rows: slice  # of the distinct pairs
-    x: Tensor  # (k, p, d)
-    y: Tensor
+    costs: GatheredCosts | BlockCosts
     cost: Tensor  # (k, p, p)
     problems: autograd.Problems
 
 
+class PairSettings(NamedTuple):
+    metric: str
+    max_iter: int
+    check_every: int
+    grad: str
+    chunk_bytes: int
+
+    def for_solver(self) -> autograd.Settings:
+        return autograd.Settings("sinkhorn_pairs", self.max_iter, self.check_every, self.grad, False)
+
+
 def _chunks(
-    features: Tensor, distinct: _Distinct, eps: Tensor, a: Tensor | None, b: Tensor | None, metric: str, size: int
+    features: Tensor,
+    distinct: Distinct,
+    eps: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    s: PairSettings,
+    kept: Tensor | None = None,
 ) -> Iterator[_Chunk]:
+    """`kept`: the costs (U, p, p), if they are there already."""
     count = distinct.first.shape[0]
     # An index out of range is solved as some other pair with eps NaN: its results are NaN, nothing is out of bounds.
     eps = torch.where(distinct.valid, eps[distinct.places(slice(count))], torch.nan)
-    for begin in range(0, count, size):
-        rows = slice(begin, begin + size)
-        x = features.index_select(0, distinct.first[rows])
-        y = features.index_select(0, distinct.second[rows])
-        cost = cost_of_prepared(x, y, metric)
+    for rows, block in _stretches(features, distinct, s):
+        costs: GatheredCosts | BlockCosts
+        if block is None:
+            costs = GatheredCosts(features, distinct.first[rows], distinct.second[rows], s.metric)
+        else:
+            costs = BlockCosts(features, distinct.first[rows], distinct.second[rows], block)
+        cost = costs.cost() if kept is None else kept[rows]
         # Where a weight is each pair's own, no two pairs are one problem.
         weights_a, weights_b = (
-            None if w is None else w.expand(len(x), -1) if w.shape[0] == 1 else w[rows] for w in (a, b)
+            None if w is None else w.expand(len(cost), -1) if w.shape[0] == 1 else w[rows] for w in (a, b)
         )
-        yield _Chunk(rows, x, y, cost, autograd.Problems(cost, eps[rows], weights_a, weights_b, None, None))
+        yield _Chunk(rows, costs, cost, autograd.Problems(cost, eps[rows], weights_a, weights_b, None, None))
 
 
-def _chunk_size(features: Tensor, metric: str, max_iter: int, grad: str, chunk_bytes: int) -> int:
-    _, p, d = features.shape
-    numbers = p * (COPIES_OF_POINTS[metric] * d + 2 * p) + (2 * p * max_iter if grad == "unrolled" else 0)
-    return max(1, chunk_bytes // (numbers * features.element_size()))
+def _stretches(features: Tensor, distinct: Distinct, s: PairSettings) -> Iterator[tuple[slice, Block | None]]:
+    """The pairs in stretches, each with the block of the table of all pairs that is worth being computed whole."""
+    N, p, d = features.shape
+    count, history = distinct.first.shape[0], 2 * p * s.max_iter if s.grad == "unrolled" else 0
+    per_pair = (p * (COPIES_OF_POINTS[s.metric] * d + 2 * p) + history) * features.element_size()
+    size = max(1, s.chunk_bytes // per_pair)
+    # In a block: its products, the costs, and the gradients of both.
+    per_pair = (4 * p**2 + history) * features.element_size()
+    images = min(BLOCK_ROWS // p, s.chunk_bytes // (N * per_pair))
+    ends = [0, count]
+    blocks = features.device.type == "cpu" and s.metric == "cosine" and distinct.ordered and images > 0
+    if blocks:
+        ends = torch.searchsorted(distinct.first, torch.arange(0, N + images, images)).tolist()
+    for begin, end in itertools.pairwise(ends):
+        if blocks and begin < end:
+            first, second = distinct.first[begin:end], distinct.second[begin:end]
+            block = Block(int(first[0]), int(first[-1]) + 1, int(second.min()), int(second.max()) + 1)
+            if end - begin >= LEAST_FILLED * block.pairs:
+                yield slice(begin, end), block
+                continue
+        for part in range(begin, end, size):
+            yield slice(part, min(part + size, end)), None
+
+
+def solve_pairs(
+    out: tuple[Tensor, ...],
+    features: Tensor,
+    distinct: Distinct,
+    eps: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    tol: Tensor,
+    s: PairSettings,
+    keep: Tensor | None = None,
+) -> None:
+    """Solves the different pairs, and writes the results to their first places in the list, and costs into `keep`."""
+    for chunk in _chunks(features, distinct, eps, a, b, s):
+        places = distinct.places(chunk.rows)
+        if keep is not None:
+            keep[chunk.rows] = chunk.cost
+        solution = autograd.solve(chunk.problems, tol[places], None, s.for_solver(), False)
+        for result, part in zip(out, (*solution[:4], *solution[5:9]), strict=True):
+            result[places] = part
+
+
+def differentiate_pairs(
+    grad_features: Tensor | None,
+    grad_weights: Sequence[Tensor],
+    features: Tensor,
+    distinct: Distinct,
+    eps: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    tol: Tensor,
+    s: PairSettings,
+    potentials: Tensor,
+    n_iter: Tensor,
+    incoming: autograd.OutputGradients,
+    kept: Tensor | None = None,
+) -> None:
+    """Adds to the gradients what comes in for the different pairs. `grad_weights` of no element are not wanted."""
+    want_a, want_b = (x.numel() > 0 for x in grad_weights)
+    wanted = (grad_features is not None, want_a, want_b)
+    for chunk in _chunks(features, distinct, eps, a, b, s, kept):
+        places = distinct.places(chunk.rows)
+        if s.grad == "unrolled":  # its history is not kept: solve once more
+            solution = autograd.solve(chunk.problems, tol[places], None, s.for_solver(), True)
+        else:
+            solution = autograd.solution_for_backward(potentials[places], n_iter[places])
+        parts = autograd.OutputGradients(*(None if x is None else x[chunk.rows] for x in incoming))
+        grads = autograd.gradients(chunk.problems, solution, s.grad, parts, wanted)
+        if grads[0] is not None and grad_features is not None:
+            grad_cost = torch.where(distinct.valid[chunk.rows, None, None], grads[0], 0.0)
+            chunk.costs.add_gradient(grad_features, grad_cost, chunk.cost)
+        for out, part in zip(grad_weights, grads[1:], strict=True):
+            if part is not None:
+                out[places] = part
 
 
 @torch.library.custom_op("otface::sinkhorn_pairs_forward", mutates_args=())
@@ -235,13 +334,8 @@ def _forward(
     if pairs.shape[0] == 0:
         return out
     distinct = _distinct(pairs, eps, tol, features.shape[0], _one_per_pair(a, b))
-    size = _chunk_size(features, metric, max_iter, grad, chunk_bytes)
-    settings = autograd.Settings("sinkhorn_pairs", max_iter, check_every, grad, False)
-    for chunk in _chunks(features, distinct, eps, a, b, metric, size):
-        places = distinct.places(chunk.rows)
-        solution = autograd.solve(chunk.problems, tol[places], None, settings, False)
-        for result, part in zip(out, (*solution[:4], *solution[5:9]), strict=True):
-            result[places] = part
+    settings = PairSettings(metric, max_iter, check_every, grad, chunk_bytes)
+    solve_pairs(out, features, distinct, eps, a, b, tol, settings)
     if distinct.listed is not None and distinct.listed.shape[0] < pairs.shape[0]:
         for result in out:  # what is listed again
             result.copy_(result[distinct.listed[distinct.which]])
@@ -279,45 +373,26 @@ def _backward(
     ]
     if count > 0:
         distinct = _distinct(pairs, eps, tol, features.shape[0], _one_per_pair(a, b))
-        incoming = [grad_value, grad_transport_cost, grad_f, grad_g]
+        incoming = autograd.OutputGradients(grad_value, grad_transport_cost, grad_f, grad_g, None)
         if distinct.which is not None:
-            incoming = [
-                None if x is None else x.new_zeros(len(distinct.first), *x.shape[1:]).index_add_(0, distinct.which, x)
-                for x in incoming
-            ]
-        size = _chunk_size(features, metric, max_iter, grad, chunk_bytes)
-        settings = autograd.Settings("sinkhorn_pairs", max_iter, check_every, grad, False)
-        for chunk in _chunks(features, distinct, eps, a, b, metric, size):
-            places = distinct.places(chunk.rows)
-            if grad == "unrolled":  # its history is not kept: solve once more
-                solution = autograd.solve(chunk.problems, tol[places], None, settings, True)
-            else:
-                solution = autograd.solution_for_backward(potentials[places], n_iter[places])
-            value, transport_cost, f, g = (None if x is None else x[chunk.rows] for x in incoming)
-            parts = autograd.OutputGradients(value, transport_cost, f, g, None)
-            grads = autograd.gradients(chunk.problems, solution, grad, parts, (want_features, want_a, want_b))
-            if grads[0] is not None:
-                grad_cost = torch.where(distinct.valid[chunk.rows, None, None], grads[0], 0.0)
-                grad_x, grad_y = cost_backward(grad_cost, chunk.cost, chunk.x, chunk.y, metric)
-                _add_rows(grad_features, distinct.first[chunk.rows], grad_x)
-                _add_rows(grad_features, distinct.second[chunk.rows], grad_y)
-            for out, part in zip(grad_weights, grads[1:], strict=True):
-                if part is not None:
-                    out[places] = part
+            size = len(distinct.first)
+            incoming = autograd.OutputGradients(
+                *(
+                    None if x is None else x.new_zeros(size, *x.shape[1:]).index_add_(0, distinct.which, x)
+                    for x in incoming
+                )
+            )
+        settings = PairSettings(metric, max_iter, check_every, grad, chunk_bytes)
+        differentiate_pairs(
+            grad_features if want_features else None, grad_weights, features, distinct, eps, a, b, tol, settings,
+            potentials, n_iter, incoming,
+        )  # fmt: skip
     # A weight that all pairs share gets the sum over the list; one of a pair its own (duplicates were added up above).
     grad_a, grad_b = (
         x.sum(0, keepdim=True) if w is not None and x.numel() > 0 and w.shape[0] == 1 != count else x
         for x, w in zip(grad_weights, (a, b), strict=True)
     )
     return grad_features, grad_a, grad_b
-
-
-def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
-    """out[index] += rows, the rows of one index in the order in which they stand."""
-    if out.device.type == "cpu":
-        out.index_add_(0, index, rows)
-    else:  # sorts the indices, where index_add_ would add atomically
-        out.index_put_((index,), rows, accumulate=True)
 
 
 def _one_per_pair(a: Tensor | None, b: Tensor | None) -> bool:
