@@ -9,7 +9,9 @@ from torch import Tensor
 
 from . import _checks, autograd
 from .costs import METRICS, prepare_points
-from .pairs import DEFAULT_CHUNK_BYTES
+from .pairs import DEFAULT_CHUNK_BYTES, Distinct, PairSettings, differentiate_pairs, empty_results, solve_pairs
+
+KEPT_BYTES = 64 << 20  # of costs, from the forward to the backward; more are computed again
 
 
 class OTTripletLossOutput(NamedTuple):
@@ -47,7 +49,8 @@ def ot_triplet_loss(
         n_iter: Sinkhorn iterations.
         beta: a float; the distance that is asked for between positives and negatives.
         metric: of two cells, as in :func:`sinkhorn_points`.
-        chunk_bytes: working memory at most, as in :func:`sinkhorn_pairs`. Beside it, a table of 9 N^2 bytes.
+        chunk_bytes: working memory at most, as in :func:`sinkhorn_pairs`. Beside it, tables of 25 N^2 bytes, and the
+            costs of the pairs if they take no more than 64 MiB.
 
     Returns:
         :class:`OTTripletLossOutput`: ``loss`` (a float32 scalar, float64 for float64 maps), exactly 0 with gradient 0
@@ -85,7 +88,7 @@ def ot_triplet_loss(
     if autograd.needs_graph(prepared):
         loss, n_hard, n_active = _OTTripletLoss.apply(*arguments)
     else:
-        loss, n_hard, n_active, _ = torch.ops.otface.ot_triplet_forward(*arguments)
+        loss, n_hard, n_active = torch.ops.otface.ot_triplet_forward(*arguments, False)[:3]
     return OTTripletLossOutput(loss, n_hard, n_active)
 
 
@@ -114,17 +117,20 @@ def _check_triplets(where: str, triplets: Any, feature_map: Tensor) -> None:
 class _OTTripletLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, points: Tensor, triplets: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
-        loss, n_hard, n_active, hinge = torch.ops.otface.ot_triplet_forward(points, triplets, *settings)
+        loss, n_hard, n_active, hinge, kept = torch.ops.otface.ot_triplet_forward(points, triplets, *settings, True)
         ctx.settings = settings
         ctx.mark_non_differentiable(n_hard, n_active)
-        ctx.save_for_backward(points, triplets, hinge)
+        ctx.save_for_backward(points, triplets, hinge, kept)
         return loss, n_hard, n_active
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        points, triplets, hinge = ctx.saved_tensors
+        points, triplets, hinge, kept = ctx.saved_tensors
+        eps, n_iter, _beta, metric, chunk_bytes = ctx.settings
         with torch.no_grad():
-            grad = torch.ops.otface.ot_triplet_backward(points, triplets, hinge, grad_loss, *ctx.settings)
+            grad = torch.ops.otface.ot_triplet_backward(
+                points, triplets, hinge, kept, grad_loss, eps, n_iter, metric, chunk_bytes
+            )
         (grad,) = autograd.once_differentiable("ot_triplet_loss", (grad,), (points, grad_loss))
         return grad, None, *(None for _ in ctx.settings)
 
@@ -149,7 +155,7 @@ def _pairs_of(triplets: Tensor, counts: Tensor, N: int) -> _Pairs:
     table[keys.reshape(-1)] = True
     table[nowhere] = False
     number = table.cumsum(0) - 1
-    size = int(number[-1]) + 1 if table.device.type == "cpu" else min(keys.numel(), N * (N + 1) // 2)
+    size = int(number[-1]) + 1 if table.device.type == "cpu" else min(keys.numel(), N * (N + 1) // 2)  # = _room
     listed = torch.full((size + 1,), -1, device=triplets.device)
     every = torch.arange(nowhere + 1, device=triplets.device)
     listed.scatter_(0, torch.where(table, number, size), torch.where(table, every, -1))
@@ -159,37 +165,56 @@ def _pairs_of(triplets: Tensor, counts: Tensor, N: int) -> _Pairs:
     return _Pairs(torch.stack([first, second], dim=1), *number[keys])
 
 
-def _pair_arguments(listed: Tensor, eps: float, n_iter: int, metric: str, chunk_bytes: int) -> tuple[Any, ...]:
-    """What the operators of `sinkhorn_pairs` take after the features."""
-    numbers = torch.full((2, 1), eps, dtype=torch.float64, device=listed.device)
-    numbers[1] = 0
-    strengths, tol = numbers.expand(2, len(listed))
-    return listed, strengths, None, None, tol, metric, n_iter, n_iter, "unrolled", chunk_bytes
+def _distinct(pairs: _Pairs, rows: Tensor | slice, wanted: Tensor | None = None) -> Distinct:
+    """These of the pairs as `sinkhorn_pairs` takes them; those not `wanted` are left unsolved."""
+    first, second = pairs.listed[rows].unbind(1)
+    valid = first >= 0 if wanted is None else (first >= 0) & wanted
+    return Distinct(first.clamp(min=0), second.clamp(min=0), valid, None, None, ordered=True)
+
+
+def _numbers(eps: float, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """`eps` and `tol` of so many problems."""
+    numbers = torch.zeros((2, 1), dtype=torch.float64, device=like.device)
+    numbers[0] = eps
+    strengths, tol = numbers.expand(2, count)
+    return strengths, tol
+
+
+def _room(triplets: Tensor, points: Tensor) -> int:
+    """How many pairs there can be."""
+    return min(2 * len(triplets), len(points) * (len(points) + 1) // 2)
+
+
+def _kept_shape(triplets: Tensor, points: Tensor) -> tuple[int, ...]:
+    """Of the costs that the forward keeps for the gradient: none if they might be too large."""
+    p = points.shape[1]
+    room = _room(triplets, points)
+    return (room, p, p) if room * p * p * points.element_size() <= KEPT_BYTES else (0, p, p)
 
 
 @torch.library.custom_op("otface::ot_triplet_forward", mutates_args=())
 def _forward(
-    points: Tensor,
-    triplets: Tensor,
-    eps: float,
-    n_iter: int,
-    beta: float,
-    metric: str,
-    chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    counts = triplets.amin(1) >= 0 if len(triplets) else triplets.new_zeros(0, dtype=torch.bool)
-    n_hard = counts.sum()
+    points: Tensor, triplets: Tensor, eps: float, n_iter: int, beta: float, metric: str, chunk_bytes: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kept = points.new_empty(_kept_shape(triplets, points) if keep else 0)
     if len(triplets) == 0 or len(points) == 0:
-        return points.new_zeros(()), n_hard, n_hard.clone(), points.new_zeros(len(triplets))
+        none = points.new_zeros((), dtype=torch.int64)
+        return points.new_zeros(()), none, none.clone(), points.new_zeros(len(triplets)), kept
+    counts = triplets.amin(1) >= 0
+    n_hard = counts.sum()
     pairs = _pairs_of(triplets, counts, len(points))
-    distances = torch.ops.otface.sinkhorn_pairs_forward(
-        points, *_pair_arguments(pairs.listed, eps, n_iter, metric, chunk_bytes)
-    )[1]
-    distances = torch.cat([distances, distances.new_full((1,), torch.nan)])  # of pairs that do not exist
+    size = len(pairs.listed)
+    distances = points.new_full((size + 1,), torch.nan)  # the last one is that of pairs that do not exist
+    settings = PairSettings(metric, n_iter, n_iter, "unrolled", chunk_bytes)
+    strengths, tol = _numbers(eps, size, points)
+    out = empty_results(points, pairs.listed)
+    keep_in = kept[:size] if kept.numel() > 0 else None
+    solve_pairs(out, points, _distinct(pairs, slice(size)), strengths, None, None, tol, settings, keep_in)
+    distances[:size] = out[1]
     hinge = torch.where(counts, distances[pairs.positive] - distances[pairs.negative] + beta, 0.0)
     hinge = torch.where(hinge <= 0, 0.0, hinge)  # NaN stays
     n_active = (hinge != 0).sum()
-    return hinge.sum() / n_active.clamp(min=1), n_hard, n_active, hinge
+    return hinge.sum() / n_active.clamp(min=1), n_hard, n_active, hinge, kept
 
 
 @torch.library.custom_op("otface::ot_triplet_backward", mutates_args=())
@@ -197,40 +222,47 @@ def _backward(
     points: Tensor,
     triplets: Tensor,
     hinge: Tensor,
+    kept: Tensor,
     grad_loss: Tensor,
     eps: float,
     n_iter: int,
-    beta: float,
     metric: str,
     chunk_bytes: int,
 ) -> Tensor:
-    active = hinge != 0
-    if points.device.type == "cpu":
-        triplets, hinge = triplets[active], hinge[active]
-        active = hinge != 0
+    grad = torch.zeros_like(points)
     if len(triplets) == 0 or len(points) == 0:
-        return torch.zeros_like(points)
-    pairs = _pairs_of(triplets, active, len(points))
+        return grad
+    pairs = _pairs_of(triplets, triplets.amin(1) >= 0, len(points))  # as in the forward
     size = len(pairs.listed)
-    # The same number for every active triplet, so that adding them up is counting.
-    times = torch.zeros(size + 1, dtype=torch.int64, device=points.device)
-    times = times.index_add(0, pairs.positive, active.long()).index_add(0, pairs.negative, -active.long())
-    each = grad_loss / active.sum().clamp(min=1)
-    spoilt = hinge.sum() * 0  # NaN if any of them is
-    grad_distances = times[:size].to(points.dtype) * each + spoilt
-    arguments = _pair_arguments(pairs.listed, eps, n_iter, metric, chunk_bytes)
-    none = points.new_empty((size, 2 * points.shape[1]), dtype=torch.float64)  # the unrolled gradient solves again
-    n_iters = torch.full((size,), n_iter, device=points.device)
-    grad: Tensor = torch.ops.otface.sinkhorn_pairs_backward(
-        points, *arguments, none, n_iters, None, grad_distances, None, None, True, False, False
-    )[0]
+    active = (hinge != 0).long()
+    # An active triplet adds the same number to one distance as it takes from another: adding them up is counting.
+    none = torch.zeros(size + 1, dtype=torch.int64, device=points.device)
+    plus = none.index_add(0, pairs.positive, active)[:size]
+    minus = none.index_add(0, pairs.negative, active)[:size]
+    grad_distances = (plus - minus).to(points.dtype) * (grad_loss / active.sum().clamp(min=1)) + hinge.sum() * 0
+    wanted = (plus != minus) | ~grad_distances.isfinite()
+    if points.device.type == "cpu":
+        rows = wanted.nonzero()[:, 0]
+        distinct = _distinct(pairs, rows)
+        grad_distances, kept = grad_distances[rows], kept[rows] if kept.numel() > 0 else kept
+    else:
+        distinct = _distinct(pairs, slice(size), wanted)
+    strengths, tol = _numbers(eps, len(distinct.first), points)
+    settings = PairSettings(metric, n_iter, n_iter, "unrolled", chunk_bytes)
+    nothing = points.new_empty(0)
+    incoming = autograd.OutputGradients(None, grad_distances, None, None, None)
+    differentiate_pairs(
+        grad, (nothing, nothing), points, distinct, strengths, None, None, tol, settings, nothing, nothing, incoming,
+        kept if kept.numel() > 0 else None,
+    )  # fmt: skip
     return grad
 
 
 @_forward.register_fake
-def _(points, triplets, *args):  # type: ignore[no-untyped-def]
+def _(points, triplets, eps, n_iter, beta, metric, chunk_bytes, keep):  # type: ignore[no-untyped-def]
     count = points.new_empty((), dtype=torch.int64)
-    return points.new_empty(()), count, torch.empty_like(count), points.new_empty(len(triplets))
+    kept = points.new_empty(_kept_shape(triplets, points) if keep else 0)
+    return points.new_empty(()), count, torch.empty_like(count), points.new_empty(len(triplets)), kept
 
 
 @_backward.register_fake

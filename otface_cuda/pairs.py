@@ -330,7 +330,7 @@ def _forward(
     grad: str,
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    out = _empty_results(features, pairs)
+    out = empty_results(features, pairs)
     if pairs.shape[0] == 0:
         return out
     distinct = _distinct(pairs, eps, tol, features.shape[0], _one_per_pair(a, b))
@@ -399,7 +399,7 @@ def _one_per_pair(a: Tensor | None, b: Tensor | None) -> bool:
     return any(w is not None and w.shape[0] != 1 for w in (a, b))
 
 
-def _empty_results(
+def empty_results(
     features: Tensor, pairs: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     count, points, new = pairs.shape[0], features.shape[1], features.new_empty
@@ -417,7 +417,7 @@ def _empty_results(
 
 @_forward.register_fake
 def _(features, pairs, *args):  # type: ignore[no-untyped-def]
-    return _empty_results(features, pairs)
+    return empty_results(features, pairs)
 
 
 @_backward.register_fake
