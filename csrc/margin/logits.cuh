@@ -31,7 +31,8 @@ struct Part {
 // A warp per row, eight rows and 2048 columns to a block, no shared memory. 8 bytes per product (16 in double); the norms
 // come from the cache.
 template <class T>
-__global__ void __launch_bounds__(kThreads) write_logits(const __grid_constant__ LogitsParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
+    write_logits(const __grid_constant__ LogitsParams p) {
   using S = Stripe<T, 64 / sizeof(T), sizeof(T)>;
   using Real = Element<RealType<T>::dtype>;
   const Chunk& chunk = p.chunk;
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) write_logits(const __grid_constant__
   const Row& row = p.rows[part.index];
   const T inverse_norm = static_cast<T>(row.inverse_norm), logit = static_cast<T>(row.logit);
   const T scale = static_cast<T>(row.target == -2 ? kNaN : chunk.scale);
-  T* products = static_cast<T*>(p.products) + part.index * chunk.classes;
+  T* products = static_cast<T*>(p.products) + part.index * p.row_stride;
   for (int64_t begin = part.begin; begin < part.end; begin += S::columns) {
     const int64_t count = chunk.classes - begin;
     const int target = place_of_target(row, chunk.first + begin);
@@ -67,7 +68,8 @@ const char* launch_logits(const LogitsParams& params, simt::Stream stream) {
 //
 // As above. A gradient whose columns are not adjacent is read element by element.
 template <class T, class E>
-__global__ void __launch_bounds__(kThreads) write_logits_gradient(const __grid_constant__ LogitsBackwardParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
+    write_logits_gradient(const __grid_constant__ LogitsBackwardParams p) {
   using Stored = typename E::Stored;
   using S = Stripe<T, 64 / sizeof(T), sizeof(Stored) < sizeof(T) ? sizeof(Stored) : sizeof(T)>;
   using Real = Element<RealType<T>::dtype>;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "margin/cuda_kernels.h"
+#include "margin/row.h"
 #include "margin/stripe.cuh"
 
 namespace otface::margin {
@@ -11,9 +12,9 @@ struct Partial {
   double most, sum, weighted;
 };
 
-// A lane holds 32 floats, or 16 doubles: 4 KB of a row per warp are on their way at a time.
+// A lane holds 16 floats, or 8 doubles: 2 KB of a row per warp are on their way at a time, and 2 KB of norms.
 template <class T>
-using ForwardStripe = Stripe<T, 128 / sizeof(T), sizeof(T)>;
+using ForwardStripe = Stripe<T, 64 / sizeof(T), sizeof(T)>;
 
 __host__ __device__ inline int64_t stripes_of(int64_t classes, int64_t columns) {
   return (classes + columns - 1) / columns;
@@ -23,13 +24,13 @@ __host__ __device__ inline int64_t stripes_of(int64_t classes, int64_t columns) 
 //   weighted = sum_j u_j s cos_j
 //
 // A warp per stripe of a row, eight rows to a block, which share the norms in the cache; the stripe stays in registers,
-// so that there is one exponential per class; no shared memory. 8 bytes per product (16 in double), a 40th more
-// for the norms and partial sums. Rows are not split by their number but by the stripe's fixed size: a row's bits do not
-// depend on the batch.
+// so that there is one exponential per class; no shared memory. 4 bytes per product are read, and 4 written if cosines are
+// kept (8 in double); a hundredth more for the partial sums. The stripe's size is fixed, so a row's bits do not depend on
+// the batch. Rows without a target in range are left out.
 //
-// In Real: a lane's sums of at most 8 terms, four of them side by side. In double: everything between lanes.
+// In Real: a lane's sums of at most 4 terms, four (two) of them side by side. In double: everything between lanes.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
     write_cosines(const __grid_constant__ ForwardChunkParams p, Partial* partials) {  // [B, stripes]
   using S = ForwardStripe<T>;
   using Real = Element<RealType<T>::dtype>;
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row_blocks = (chunk.batch + kRowsPerBlock - 1) / kRowsPerBlock;
   const int64_t stripe = simt::block_index() / row_blocks;
   const int64_t index = simt::block_index() % row_blocks * kRowsPerBlock + warp_index();
-  if (index >= chunk.batch) return;
+  if (index >= chunk.batch || p.rows[index].target < 0) return;
   const int64_t begin = stripe * S::columns, count = chunk.classes - begin;
   const int target = place_of_target(p.rows[index], chunk.first + begin);
   const T inverse_norm_x = static_cast<T>(p.rows[index].inverse_norm);
@@ -46,18 +47,19 @@ __global__ void __launch_bounds__(kThreads)
   S cosines, other;
   cosines.load(Real(), row, count, 0);
   other.load(Real(), static_cast<const T*>(chunk.inverse_norms) + begin, count, 0);
-  T most = static_cast<T>(-kInfinity);
+  T most = static_cast<T>(-kInfinity), check = 0;  // NaN or infinite as soon as a cosine is
 #pragma unroll
   for (int q = 0; q < S::groups; ++q) {
 #pragma unroll
     for (int k = 0; k < S::group; ++k) {
       const int j = S::column(q) + k;
       const T cosine = cosine_of(cosines.v[q][k], inverse_norm_x, other.v[q][k]);
+      check += cosine;
       cosines.v[q][k] = j == target || j >= count ? static_cast<T>(-kInfinity) : cosine;
       most = cosines.v[q][k] > most ? cosines.v[q][k] : most;
     }
   }
-  cosines.store(Real(), row, count);
+  if (p.keep_cosines) cosines.store(Real(), row, count);
 
   most = warp_most(most);
   const T base = most == static_cast<T>(-kInfinity) ? 0 : most;
@@ -68,7 +70,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < S::group; ++k) sums[k] += simt::exp2_of((cosines.v[q][k] - base) * to_exponent);
   }
-  double sum = 0;
+  double sum = static_cast<double>(check - check);
 #pragma unroll
   for (int k = 0; k < S::group; ++k) sum += static_cast<double>(sums[k]);
   sum = warp_sum(sum);
@@ -108,7 +110,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     merge_partials(const __grid_constant__ ForwardChunkParams p, const Partial* partials) {  // [B, stripes]
   const int64_t index = simt::block_index() * kRowsPerBlock + warp_index();
-  if (index >= p.chunk.batch) return;
+  if (index >= p.chunk.batch || p.rows[index].target < 0) return;
   const int64_t stripes = stripes_of(p.chunk.classes, ForwardStripe<T>::columns);
   const double to_exponent = p.chunk.scale * kLog2OfE;
   Partial total{-kInfinity, 0, 0};
@@ -144,41 +146,6 @@ const char* launch_forward_chunk(const ForwardChunkParams& params, void* workspa
   return simt::launch(merge_partials<T>, {row_blocks, kThreads, 0}, stream, params, partials);
 }
 
-// What the loss and its gradient need of a row, whose target has the class weight u_y.
-struct RowSettings {
-  double plain;     // (1 - e) u_y
-  double smoothed;  // e / C
-  double target_weight, weight_sum;
-
-  template <class T>
-  __device__ __forceinline__ static RowSettings of(const LossSettings& s, const Row& row) {
-    const double u = row.target < 0 ? 0
-                     : s.class_weight == nullptr
-                         ? 1
-                         : static_cast<const T*>(s.class_weight)[static_cast<int64_t>(row.target)];
-    const double e = s.label_smoothing;
-    return {(1 - e) * u, e / static_cast<double>(s.num_classes), u, e == 0 ? 0 : *s.weight_sum};
-  }
-};
-
-// The target's logit against the others, and all of them: no difference of large numbers, and no overflow.
-struct RowSums {
-  double beyond;  // log of the sum over the others, less the target's logit
-  double lse;     // of all
-
-  __device__ __forceinline__ static RowSums of(const Row& row, double scale) {
-    const double rest = row.most * scale + std::log(row.sum);  // -inf where there are no others
-    const double beyond = rest - row.logit;
-    return {beyond, (beyond > 0 ? rest : row.logit) + std::log1p(std::exp(-std::fabs(beyond)))};
-  }
-  // log(1 + exp(beyond)): the loss, to its last digit also where it is tiny
-  __device__ __forceinline__ double softplus() const {
-    return (beyond > 0 ? beyond : 0) + std::log1p(std::exp(-std::fabs(beyond)));
-  }
-  __device__ __forceinline__ double probability() const { return 1 / (1 + std::exp(beyond)); }         // of the target
-  __device__ __forceinline__ double other_probability() const { return 1 / (1 + std::exp(-beyond)); }  // of the others
-};
-
 //   loss = (1 - e) u_y log(1 + exp(rest - l)) + (e / C) (lse sum(u) - sum_j u_j logit_j)
 //
 // A thread per row, in double; 64 bytes read.
@@ -186,20 +153,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) write_loss(const __grid_constant__ LossParams p) {
   const int64_t index = simt::block_index() * kThreads + simt::thread_index();
   if (index >= p.batch) return;
-  const Row& row = p.rows[index];
-  double loss = 0;
-  if (row.target >= 0) {
-    const RowSettings settings = RowSettings::of<T>(p.settings, row);
-    const RowSums sums = RowSums::of(row, p.settings.scale);
-    loss = settings.plain * sums.softplus();
-    if (settings.smoothed != 0) {
-      const double weighted = row.weighted + settings.target_weight * row.logit;
-      loss += settings.smoothed * (settings.weight_sum * sums.lse - weighted);
-    }
-  } else if (row.target != -1) {
-    loss = kNaN;
-  }
-  static_cast<T*>(p.loss)[index] = static_cast<T>(loss);
+  static_cast<T*>(p.loss)[index] = static_cast<T>(loss_of(p.rows[index], p.settings, sizeof(T) == 8));
 }
 
 template <class T>
@@ -209,33 +163,25 @@ const char* launch_loss(const LossParams& params, simt::Stream stream) {
 
 // What all classes of a row have in common.
 template <class T>
-struct RowGradient {
+struct RowFactors {
   T inverse_norm;
-  T shift, offset;    // p_j = 2^((cos_j - shift) * to_exponent + offset)
+  T shift, offset;    // p_j = 2^((cos_j - shift) * to_exponent + offset): most digits where p is large
   T of_p, of_weight;  // H_j |w_j| = of_p p_j - of_weight u_j
   T of_target;        // H_y |w_y|
   bool is_zero;       // H = 0
 
-  __device__ __forceinline__ static RowGradient of(const BackwardChunkParams& p, int64_t index) {
+  __device__ __forceinline__ static RowFactors of(const BackwardChunkParams& p, int64_t index) {
     const Row& row = p.rows[index];
     const double grad = static_cast<double>(static_cast<const T*>(p.grad_loss)[index]);
-    if (row.target == -1 || grad == 0) return {0, 0, 0, 0, 0, 0, true};
-    const T nan = static_cast<T>(kNaN);
-    if (row.target < 0) return {0, 0, 0, nan, nan, nan, false};
-    const RowSettings settings = RowSettings::of<T>(p.settings, row);
-    const RowSums sums = RowSums::of(row, p.settings.scale);
+    if (row.target == ignored || grad == 0) return {0, 0, 0, 0, 0, 0, true};
+    const RowGradient g = gradient_of(row, p.settings, sizeof(T) == 8, grad);
     const double shift = row.most == -kInfinity ? 0 : row.most;
-    const double common = grad * p.settings.scale * row.inverse_norm;
-    const double alpha = settings.plain + settings.smoothed * settings.weight_sum;
-    // alpha p_y - (1 - e) u_y - (e / C) u_y, with p_y - 1 = -other_probability
-    double target = -settings.plain * sums.other_probability();
-    target += settings.smoothed * (settings.weight_sum * sums.probability() - settings.target_weight);
     return {static_cast<T>(row.inverse_norm),
             static_cast<T>(shift),
-            static_cast<T>((shift * p.settings.scale - sums.lse) * kLog2OfE),
-            static_cast<T>(common * alpha),
-            static_cast<T>(common * settings.smoothed),
-            static_cast<T>(grad * row.slope * row.inverse_norm * target),
+            static_cast<T>((shift * p.settings.scale - g.lse) * kLog2OfE),
+            static_cast<T>(g.softmax * row.inverse_norm),
+            static_cast<T>(g.uniform * row.inverse_norm),
+            static_cast<T>(g.target * row.inverse_norm),
             false};
   }
 };
@@ -253,21 +199,22 @@ constexpr int64_t kBackwardColumns = 2048;  // of a block
 // A warp per row, eight rows and 2048 columns to a block. What belongs to a row takes logarithms and exponentials in double:
 // eight threads compute it for the block, side by side. 4 bytes per product are read, 4 or 2 written (double: 8, 8);
 // the norms, and weights where labels are smoothed, come from the cache.
-// Shared memory: RowGradient[8].
+// Shared memory: RowFactors[8].
 template <class T, class E>
-__global__ void __launch_bounds__(kThreads) write_loss_gradient(const __grid_constant__ BackwardChunkParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
+    write_loss_gradient(const __grid_constant__ BackwardChunkParams p) {
   using S = BackwardStripe<T, E>;
   using Real = Element<RealType<T>::dtype>;
   const Chunk& chunk = p.chunk;
   const int64_t row_blocks = (chunk.batch + kRowsPerBlock - 1) / kRowsPerBlock;
   const int64_t first_row = simt::block_index() % row_blocks * kRowsPerBlock, index = first_row + warp_index();
-  auto* gradients = reinterpret_cast<RowGradient<T>*>(simt::shared_memory());
+  auto* all_factors = reinterpret_cast<RowFactors<T>*>(simt::shared_memory());
   const int thread = simt::thread_index();
   if (thread < kRowsPerBlock && first_row + thread < chunk.batch)
-    gradients[thread] = RowGradient<T>::of(p, first_row + thread);
+    all_factors[thread] = RowFactors<T>::of(p, first_row + thread);
   simt::sync_block();
   if (index >= chunk.batch) return;
-  const RowGradient<T> gradient = gradients[warp_index()];
+  const RowFactors<T> factors = all_factors[warp_index()];
 
   const T* products = static_cast<const T*>(p.products) + index * p.row_stride;
   auto* out = static_cast<typename E::Stored*>(p.out) + index * chunk.classes;
@@ -288,12 +235,12 @@ __global__ void __launch_bounds__(kThreads) write_loss_gradient(const __grid_con
     for (int q = 0; q < S::groups; ++q) {
 #pragma unroll
       for (int k = 0; k < S::group; ++k) {
-        const T cosine = p.are_cosines ? x.v[q][k] : cosine_of(x.v[q][k], gradient.inverse_norm, norms.v[q][k]);
-        const T probability = simt::exp2_of((cosine - gradient.shift) * to_exponent + gradient.offset);
+        const T cosine = p.are_cosines ? x.v[q][k] : cosine_of(x.v[q][k], factors.inverse_norm, norms.v[q][k]);
+        const T probability = simt::exp2_of((cosine - factors.shift) * to_exponent + factors.offset);
         const T weight = class_weight == nullptr ? T(1) : weights.v[q][k];
-        T h = gradient.of_p * probability - gradient.of_weight * weight;
-        if (S::column(q) + k == target) h = gradient.of_target;
-        x.v[q][k] = gradient.is_zero ? T(0) : h * norms.v[q][k];
+        T h = factors.of_p * probability - factors.of_weight * weight;
+        if (S::column(q) + k == target) h = factors.of_target;
+        x.v[q][k] = factors.is_zero ? T(0) : h * norms.v[q][k];
       }
     }
     x.store(E(), out + begin, count);
@@ -305,7 +252,7 @@ const char* launch_backward_chunk(const BackwardChunkParams& params, simt::Strea
   const int64_t blocks = blocks_of(params.chunk.batch) * stripes_of(params.chunk.classes, kBackwardColumns);
   return with_element<T>(params.product_dtype, [&](auto element) {
     return simt::launch(write_loss_gradient<T, decltype(element)>,
-                        {blocks, kThreads, kRowsPerBlock * sizeof(RowGradient<T>)}, stream, params);
+                        {blocks, kThreads, kRowsPerBlock * sizeof(RowFactors<T>)}, stream, params);
   });
 }
 

@@ -18,6 +18,9 @@
 namespace otface::margin {
 
 constexpr int kThreads = 256, kRowsPerBlock = kThreads / 32;  // a warp per row
+// That the stripes of a kernel leave registers for: they want to have 24 warps of floats waiting for memory, or 16 of doubles.
+template <class T>
+constexpr int kBlocksPerMultiprocessor = sizeof(T) == 8 ? 2 : 3;
 constexpr double kLog2OfE = 1.4426950408889634074;
 constexpr double kInfinity = __builtin_huge_val();
 constexpr double kNaN = __builtin_nan("");
