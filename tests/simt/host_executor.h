@@ -139,10 +139,10 @@ inline uint16_t float_to_half(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000u;
   const float size = std::fabs(x);
   if (!(size < 65520.0f)) return static_cast<uint16_t>(sign | (std::isnan(x) ? 0x7fffu : 0x7c00u));
-  // The sum's last digit is worth as much as that of the half: 2^-24 for all below 2^-14. So the sum rounds for us.
+  // In units of the half's last digit, which is worth 2^-24 for all below 2^-14; adding 2^23 rounds them.
   int exponent = 0;
   std::frexp(size, &exponent);
-  exponent = exponent < -13 ? -13 : exponent;  // size < 2^exponent
+  exponent = size < 0x1p-14f ? -13 : exponent;  // size < 2^exponent
   const float unit = std::ldexp(1.0f, exponent - 11), digits = (size / unit + 0x1p23f) - 0x1p23f;
   // 1024 to 2048 digits, or fewer where the half is subnormal: 1024 stand for the first step of the exponent.
   return static_cast<uint16_t>(sign | static_cast<uint32_t>((exponent + 13) * 1024 + static_cast<int>(digits)));
