@@ -1,4 +1,4 @@
-"""The CUDA kernels of the margin operators, run on the CPU by the host executor, compute what csrc/margin/params.h says.
+"""The CUDA kernels of the margin operators, run on the CPU by the host executor, compute what params.h says.
 
 The references are its formulas in float64, from inputs that are rounded to the type already. Tolerances are those of a
 sum or a product of so many roundings of size `unit`; the kernels' exp2 counts for two more, its argument's rounding for
@@ -7,6 +7,7 @@ sum or a product of so many roundings of size `unit`; the kernels' exp2 counts f
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from typing import Any
@@ -75,8 +76,9 @@ TYPES = [  # of x, of the weight, and of the products
 
 
 def start_case(
-    x: np.ndarray, weight: np.ndarray, labels: Any, types: tuple[torch.dtype, ...], margin: Margin = MARGINS[0], **more: Any
-) -> Arrays:
+    x: np.ndarray, weight: np.ndarray, labels: Any, types: tuple[torch.dtype, ...], margin: Margin = MARGINS[0],
+    **more: Any,
+) -> Arrays:  # fmt: skip
     gaps = {name: more.pop(name, 0) for name in ("gap", "offset")}
     options = {"scale": 64.0, "ignore_index": -100, "drop_ignored": True} | more
     return make(
@@ -256,8 +258,8 @@ def forward_reference(
 
 
 def close_rows(found: np.ndarray, expected: np.ndarray, dtype: torch.dtype, scale: float, terms: int) -> None:
-    """The sums have `terms` terms: four in a row in Real, the rest in double. A term's cosine has two roundings, which its
-    exponent magnifies by the scale.
+    """The sums have `terms` terms: four in a row in Real, the rest in double. A term's cosine has two roundings, which
+    its exponent magnifies by the scale.
     """
     error = unit(dtype)
     np.testing.assert_array_equal(found[:, [0, 1, 2, 3, 7]], expected[:, [0, 1, 2, 3, 7]])
@@ -273,7 +275,7 @@ def test_forward_chunk(classes: int, dtype: torch.dtype) -> None:
     products, norms = random_products(batch, classes, dtype, 1)
     random = np.random.default_rng(classes)
     u = round_to(random.uniform(0, 2, classes), dtype)
-    target = np.array([first, first + classes - 1, first - 1, first + classes, 0, first + classes // 2, 10**9, first, 5])
+    target = first + np.array([0, classes - 1, -1, classes, -first, classes // 2, 10**9, 0, -7])
     of = rows(batch, inverse_norm=1.25, target=target)
     for smoothing, weights, places in ((False, None, {}), (True, None, {"offset": 1}), (True, u, {"gap": 3})):
         more = {"smoothing": smoothing, "class_weight": None if weights is None else weights.astype(real_of(dtype))}
@@ -303,7 +305,7 @@ def test_chunks_one_after_another(dtype: torch.dtype) -> None:
     _, expected = forward_reference(products, norms, start, scale, 0, u)
     for cuts in ([0, 1700], [0, 600, 601, 1200, 1700], [0, 1, 1700]):
         of = start
-        for begin, end in zip(cuts, cuts[1:], strict=False):
+        for begin, end in itertools.pairwise(cuts):
             case = forward_case(
                 products[:, begin:end], norms[begin:end], of, dtype, scale, begin, smoothing=True,
                 class_weight=u[begin:end].astype(real_of(dtype)),
@@ -370,7 +372,8 @@ def test_loss(dtype: torch.dtype) -> None:
             )
             of[7, 7], of[8, 7], of[9, 5] = IGNORED, OUT_OF_RANGE, np.nan
             of[8, 2:4] = np.nan
-            case = make("loss", dtype, batch=batch, rows=of, **loss_fields(scale, smoothing, u, classes, real_of(dtype)))
+            fields = loss_fields(scale, smoothing, u, classes, real_of(dtype))
+            case = make("loss", dtype, batch=batch, rows=of, **fields)
             found = run(case)["loss"]
             expected = torch.nn.functional.cross_entropy(
                 torch.from_numpy(logits),
@@ -418,7 +421,7 @@ def gradient_reference(
     cosines: np.ndarray, of: np.ndarray, u: np.ndarray, e: float, scale: float, grad: np.ndarray, norms: np.ndarray
 ) -> np.ndarray:
     """From the definition of the loss: dL / d logit_j = p_j sum(q) - q_j, then d logit / d cos."""
-    batch, classes = cosines.shape
+    classes = cosines.shape[1]
     target = field(of, "target")
     chosen = np.arange(classes) == target[:, None]
     logits = np.where(chosen, field(of, "logit")[:, None], scale * cosines)
@@ -451,9 +454,7 @@ def test_backward_chunk(classes: int, dtype: torch.dtype) -> None:
         for out in products_of(dtype):
             for are_cosines in (False, True):
                 given = np.where(np.isinf(cosines), -np.inf, cosines) if are_cosines else products
-                case = backward_case(
-                    given, norms, after, grad, dtype, out, settings, gap=gap, are_cosines=are_cosines
-                )
+                case = backward_case(given, norms, after, grad, dtype, out, settings, gap=gap, are_cosines=are_cosines)
                 found = values(run(case)["out"], out)
                 assert (found[[3, 5]] == 0).all()
                 assert np.isnan(found[4]).all()
@@ -658,29 +659,21 @@ def all_steps(seed: int = 0) -> list[Arrays]:
         made.append(forward_case(products, norms, of, dtype, smoothing=True, class_weight=u.astype(real)))
         made.append(forward_case(products, norms, of, dtype, gap=8 - classes % 4))
         made.append(make("loss", dtype, batch=batch, rows=after, **settings))
-        made.append(
-            make(
-                "logits", dtype, **chunk_fields(batch, classes, 30.0), rows=after,
-                **simt.strided("products", products, real), **simt.shifted("inverse_norms", norms, real),
-            )  # fmt: skip
-        )
+        of_chunk = chunk_fields(batch, classes, 30.0) | {"rows": after} | simt.shifted("inverse_norms", norms, real)
+        made.append(make("logits", dtype, **of_chunk, **simt.strided("products", products, real)))
         for out in products_of(dtype):
             made.append(start_case(x, weight, labels, (dtype, out, out), gap=1))
             made.append(make("inverse_norms", dtype, **matrix("weight", weight, out, gap=3)))
-            made.append(make("inverse_norms", dtype, **matrix("weight", x[:3].repeat(16, 1), out)))
-            v = x.repeat(16, 1)
+            made.append(make("inverse_norms", dtype, **matrix("weight", x[:3].repeat(16, axis=1), out)))
+            v = x.repeat(16, axis=1)
             made.append(make("project", dtype, **matrix("v", v, out), grad=v.astype(real), rows=of))
             made.append(
                 make("project", dtype, **matrix("v", x, out), grad=x.astype(real), inverse_norms=x[:, 0].astype(real))
             )
             made.append(backward_case(products, norms, after, u[:batch], dtype, out, settings))
-            made.append(
-                make(
-                    "logits_backward", dtype, **chunk_fields(batch, classes, 30.0), rows=after,
-                    **simt.shifted("inverse_norms", norms, real), grad_logits=products.astype(real),
-                    row_stride=classes, col_stride=1, product_dtype=out,
-                )  # fmt: skip
-            )
+            strides = {"row_stride": classes, "col_stride": 1}
+            grad = products.astype(real)
+            made.append(make("logits_backward", dtype, **of_chunk, grad_logits=grad, **strides, product_dtype=out))
     return [case | {"seed": np.asarray(seed)} for case in made]
 
 

@@ -28,8 +28,8 @@ struct Part {
 
 //   logit_j = s product_j / (|x'| |w_j|), and the target's as it is in `rows`
 //
-// A warp per row, eight rows and 2048 columns to a block, no shared memory. 8 bytes per product (16 in double); the norms
-// come from the cache.
+// A warp per row, eight rows and 2048 columns to a block, no shared memory. 8 bytes per product (16 in double); the
+// norms come from the cache.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
     write_logits(const __grid_constant__ LogitsParams p) {

@@ -33,8 +33,8 @@ struct Length {
   int exponent;
 };
 
-// From the sum of squares, all lanes together. Of floats it cannot leave double's range; where that of doubles may have,
-// they are read once more, scaled by their largest. read(j): element j.
+// From the sum of squares, all lanes together. Of floats it cannot leave double's range; where that of doubles may
+// have, they are read once more, scaled by their largest. read(j): element j.
 template <class T, class Read>
 __device__ __forceinline__ Length length_of(double sum_of_squares, int64_t size, Read read) {
   if constexpr (sizeof(T) == 8) {
@@ -144,8 +144,10 @@ const char* launch_start(const StartParams& params, simt::Stream stream) {
 template <class T>
 constexpr int kRowPerLane = sizeof(T) == 8 ? 8 : 16;
 
-// 1 / |w_j|. A warp per class; no shared memory; w is read once. The squares are summed in double, because those of floats
-// leave float's range: one conversion and one multiply-add for each 2 or 4 bytes from memory.
+// 1 / |w_j|
+//
+// A warp per class; no shared memory; w is read once. The squares are summed in double, because those of floats leave
+// float's range: one conversion and one multiply-add for each 2 or 4 bytes from memory.
 template <class T, class E>
 __global__ void __launch_bounds__(kThreads) write_inverse_norms(const __grid_constant__ NormsParams p) {
   using Stored = typename E::Stored;
@@ -178,11 +180,12 @@ const char* launch_inverse_norms(const NormsParams& params, simt::Stream stream)
 // out = factor (g - u <u, g>),   u = v / |v|
 //
 // A warp per row; no shared memory. g and v are read once and out is written, up to 512 columns; of longer rows all
-// stripes but the last are read again, from the cache, in the opposite order. <v, g> is summed in double: g is mostly
-// its part along v, and the error of a sum in float, which grows with the size, would stay in the little that is left. That
-// is one multiply-add in double for 12 bytes of memory. The rest is in Real: it is right to the rounding of g.
+// stripes but the last are read again, from the cache, in the opposite order. <v, g> is summed in double: g may be
+// mostly its part along v, and the error of a sum in float, which grows with the size, would stay in the little that is
+// left. That is one multiply-add in double for 12 bytes of memory. The rest is in Real: right to the rounding of g.
 template <class T, class E>
-__global__ void __launch_bounds__(kThreads) project_rows(const __grid_constant__ ProjectParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
+    project_rows(const __grid_constant__ ProjectParams p) {
   using Stored = typename E::Stored;
   using Real = Element<RealType<T>::dtype>;
   const int64_t index = simt::block_index() * kRowsPerBlock + warp_index();

@@ -24,9 +24,9 @@ __host__ __device__ inline int64_t stripes_of(int64_t classes, int64_t columns) 
 //   weighted = sum_j u_j s cos_j
 //
 // A warp per stripe of a row, eight rows to a block, which share the norms in the cache; the stripe stays in registers,
-// so that there is one exponential per class; no shared memory. 4 bytes per product are read, and 4 written if cosines are
-// kept (8 in double); a hundredth more for the partial sums. The stripe's size is fixed, so a row's bits do not depend on
-// the batch. Rows without a target in range are left out.
+// so that there is one exponential per class; no shared memory. 4 bytes per product are read, and 4 written if cosines
+// are kept (8 in double); a hundredth more for the partial sums. The stripe's size is fixed, so a row's bits do not
+// depend on the batch. Rows without a target in range are left out.
 //
 // In Real: a lane's sums of at most 4 terms, four (two) of them side by side. In double: everything between lanes.
 template <class T>
@@ -104,8 +104,10 @@ __device__ __forceinline__ Partial merged(const Partial& a, const Partial& b, do
   return {most, of_a + of_b, a.weighted + b.weighted};
 }
 
-// The rows' most, sum and weighted go on by the partial sums: a warp per row, each lane every 32nd stripe in their order,
-// then the lanes two by two, then what the row had. No shared memory; 24 bytes read per stripe.
+// sum = sum_k sum_k exp(s (most_k - most)) over the stripes k and what the row had before;  most = max most_k
+//
+// A warp per row, each lane every 32nd stripe in their order, then the lanes two by two, then what the row had. No
+// shared memory; 24 bytes read per stripe.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     merge_partials(const __grid_constant__ ForwardChunkParams p, const Partial* partials) {  // [B, stripes]
@@ -193,12 +195,12 @@ using BackwardStripe =
     Stripe<T, 64 / sizeof(T), sizeof(typename E::Stored) < sizeof(T) ? sizeof(typename E::Stored) : sizeof(T)>;
 constexpr int64_t kBackwardColumns = 2048;  // of a block
 
-//   H_j = g s (alpha p_j - (e / C) u_j) / (|x'| |w_j|),   p_j = exp(s cos_j - lse),   alpha = (1 - e) u_y + (e / C) sum(u)
+//   H_j = g s (alpha p_j - (e / C) u_j) / (|x'| |w_j|),  p_j = exp(s cos_j - lse),  alpha = (1 - e) u_y + (e / C) sum u
 //   H_y = g slope (alpha p_y - (1 - e) u_y - (e / C) u_y) / (|x'| |w_y|)
 //
-// A warp per row, eight rows and 2048 columns to a block. What belongs to a row takes logarithms and exponentials in double:
-// eight threads compute it for the block, side by side. 4 bytes per product are read, 4 or 2 written (double: 8, 8);
-// the norms, and weights where labels are smoothed, come from the cache.
+// A warp per row, eight rows and 2048 columns to a block. What belongs to a row takes logarithms and exponentials in
+// double: eight threads compute it for the block, side by side. 4 bytes per product are read, 4 or 2 written (double:
+// 8, 8); the norms, and weights where labels are smoothed, come from the cache.
 // Shared memory: RowFactors[8].
 template <class T, class E>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)

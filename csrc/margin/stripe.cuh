@@ -5,8 +5,8 @@
 //
 //   stripe    [lane 0: G columns][lane 1]..[lane 31] [lane 0][lane 1]..[lane 31] ..      P times
 //
-// Where the row is not aligned to 16 bytes, or ends within a group, the same lanes take the same columns one by one: the
-// order of a sum, and so its bits, do not depend on where a row lies.
+// Where the row is not aligned to 16 bytes, or ends within a group, the same lanes take the same columns one by one:
+// the order of a sum, and so its bits, do not depend on where a row lies.
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,7 @@
 namespace otface::margin {
 
 constexpr int kThreads = 256, kRowsPerBlock = kThreads / 32;  // a warp per row
-// That the stripes of a kernel leave registers for: they want to have 24 warps of floats waiting for memory, or 16 of doubles.
+// That the registers must suffice for: so many warps hide the latency of the memory. More of floats would spill.
 template <class T>
 constexpr int kBlocksPerMultiprocessor = sizeof(T) == 8 ? 2 : 3;
 constexpr double kLog2OfE = 1.4426950408889634074;

@@ -32,7 +32,8 @@ struct Array {
 
 using Arrays = std::map<std::string, Array>;
 
-// What is in `arguments`: see kernels.py and, where it holds a "margin_step", margin.py. Throws std::runtime_error with the launcher's words.
+// What is in `arguments`: see kernels.py and, where it holds a "margin_step", margin.py. Throws std::runtime_error with
+// the launcher's words.
 Arrays run_case(const Arrays& arguments);
 Arrays run_margin_case(const Arrays& arguments);  // margin_case.cpp
 

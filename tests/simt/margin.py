@@ -1,7 +1,7 @@
-"""The kernels of the margin operators for numpy, on the host executor: a case of each step, for kernels.run and run_driver.
+"""The kernels of the margin operators for numpy, on the host executor: cases for kernels.run and kernels.run_driver.
 
-A case is a dictionary of arrays that margin_case.cpp reads: the step, the fields of its struct in csrc/margin/params.h by
-their names, and how matrices lie in memory. Half types are arrays of their bits.
+A case is a dictionary of arrays that margin_case.cpp reads: the step, the fields of its struct in csrc/margin/params.h
+by their names, and how matrices lie in memory. Half types are arrays of their bits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .kernels import Arrays, run
+from .kernels import Arrays
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 ROW = ("power", "inverse_norm", "logit", "slope", "most", "sum", "weighted", "target")
@@ -100,17 +100,10 @@ def from_strided(results: Arrays, case: Arrays, name: str, shape: tuple[int, int
 
 def rows(batch: int, **fields: Any) -> np.ndarray:
     """The rows (B, 8): each field a number or (B,); at first as for unit vectors without other classes."""
-    named = {"power": 1.0, "inverse_norm": 1.0, "logit": 0.0, "slope": 1.0, "most": -np.inf, "sum": 0.0, "weighted": 0.0}
-    named |= {"target": 0.0} | fields
+    named = dict(zip(ROW, (1, 1, 0, 1, -np.inf, 0, 0, 0), strict=True)) | fields
     return np.stack([np.broadcast_to(np.asarray(named[name], np.float64), (batch,)) for name in ROW], axis=1)
 
 
 def field(of: np.ndarray, name: str) -> np.ndarray:
     """A field of all rows."""
     return of[:, ROW.index(name)]
-
-
-__all__ = [
-    "DTYPES", "ROW", "Arrays", "Margin", "bits", "field", "from_strided", "make", "matrix", "real_of", "round_to",
-    "rows", "run", "shifted", "strided", "values",
-]  # fmt: skip
