@@ -172,19 +172,18 @@ struct RowFactors {
   T of_target;        // H_y |w_y|
   bool is_zero;       // H = 0
 
-  __device__ __forceinline__ static RowFactors of(const BackwardChunkParams& p, int64_t index) {
+  __device__ __forceinline__ void set(const BackwardChunkParams& p, int64_t index) {
     const Row& row = p.rows[index];
     const double grad = static_cast<double>(static_cast<const T*>(p.grad_loss)[index]);
-    if (row.target == ignored || grad == 0) return {0, 0, 0, 0, 0, 0, true};
     const RowGradient g = gradient_of(row, p.settings, sizeof(T) == 8, grad);
-    const double shift = row.most == -kInfinity ? 0 : row.most;
-    return {static_cast<T>(row.inverse_norm),
-            static_cast<T>(shift),
-            static_cast<T>((shift * p.settings.scale - g.lse) * kLog2OfE),
-            static_cast<T>(g.softmax * row.inverse_norm),
-            static_cast<T>(g.uniform * row.inverse_norm),
-            static_cast<T>(g.target * row.inverse_norm),
-            false};
+    const double most = row.most == -kInfinity ? 0 : row.most;
+    inverse_norm = static_cast<T>(row.inverse_norm);
+    shift = static_cast<T>(most);
+    offset = static_cast<T>((most * p.settings.scale - g.lse) * kLog2OfE);
+    of_p = static_cast<T>(g.softmax * row.inverse_norm);
+    of_weight = static_cast<T>(g.uniform * row.inverse_norm);
+    of_target = static_cast<T>(g.target * row.inverse_norm);
+    is_zero = row.target == ignored || grad == 0;
   }
 };
 
@@ -212,8 +211,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
   const int64_t first_row = simt::block_index() % row_blocks * kRowsPerBlock, index = first_row + warp_index();
   auto* all_factors = reinterpret_cast<RowFactors<T>*>(simt::shared_memory());
   const int thread = simt::thread_index();
-  if (thread < kRowsPerBlock && first_row + thread < chunk.batch)
-    all_factors[thread] = RowFactors<T>::of(p, first_row + thread);
+  if (thread < kRowsPerBlock && first_row + thread < chunk.batch) all_factors[thread].set(p, first_row + thread);
   simt::sync_block();
   if (index >= chunk.batch) return;
   const RowFactors<T> factors = all_factors[warp_index()];
