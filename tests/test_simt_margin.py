@@ -166,6 +166,20 @@ def test_start_of_special_rows(dtype: torch.dtype) -> None:
         # cos = 1: the slope is that of the least sine
         np.testing.assert_allclose(found[9, 2], 64 * math.cos(0.5), rtol=1e-7)
         assert 0 < found[9, 3] <= 64 * math.sin(0.6) / math.sqrt(unit(dtype))
+        assert np.isnan(found[11, 0])
+
+
+def test_start_of_subnormal_rows() -> None:
+    """Where 2^-e is no double, x' stays shorter than 1/2; of floats all powers are doubles."""
+    x = np.array([[3.0, -4.0, 0.0], [0.0, 1.0, 1.0]])
+    weight = np.array([[1.0, 0.0, 0.0]])
+    for dtype, unit_of_x in ((torch.float64, 2.0**-1074), (torch.float32, 2.0**-149)):
+        results = run(start_case(x * unit_of_x, weight, [0, 0], (dtype,) * 3, Margin()))
+        found, scaled = results["rows"], results["scaled_x"].astype(np.float64)
+        np.testing.assert_array_equal(scaled, x * unit_of_x * found[:, :1])
+        np.testing.assert_array_equal(found[:, 0], [2.0**1022] * 2 if dtype == torch.float64 else [2.0**146, 2.0**148])
+        np.testing.assert_allclose(found[:, 1] * np.linalg.norm(scaled, axis=1), 1, rtol=1e-14)
+        np.testing.assert_allclose(found[:, 2], [64 * 0.6, 0], rtol=1e-14)
 
 
 def test_double_goes_with_double_alone() -> None:
@@ -562,6 +576,8 @@ def test_project(size: int, dtype: torch.dtype) -> None:
         np.testing.assert_array_equal(found, whole)
     powers = np.array([1.0, 2.0**-90, 4.0, 0.5, 0, 2, 2, 2, 2, 2])
     of = rows(count, power=powers, inverse_norm=inverse)
+    g[4, 0] = np.nan  # of a row that takes no part
+    expected[4] = atol[4] = 0
     found = run(make("project", dtype, **matrix("v", v, dtype), grad=g.astype(real), rows=of))["out"]
     assert (np.abs(found - powers[:, None] * expected) <= powers[:, None] * atol).all()
 

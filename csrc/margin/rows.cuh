@@ -220,7 +220,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
 #pragma unroll
       for (int k = 0; k < of_g.group; ++k) {
         const T x = of_g.v[q][k] - of_v.v[q][k] * scale * along;
-        // A power of x may be beyond float, but not its product.
+        // A power of x may be beyond float, its product need not be. A row that takes no part has no gradient, whatever
+        // is in the weights.
         of_g.v[q][k] = factor == 1 ? x : factor == 0 ? T(0) : static_cast<T>(x * factor);
       }
     }

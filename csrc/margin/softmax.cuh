@@ -176,10 +176,9 @@ struct RowFactors {
     const Row& row = p.rows[index];
     const double grad = static_cast<double>(static_cast<const T*>(p.grad_loss)[index]);
     const RowGradient g = gradient_of(row, p.settings, sizeof(T) == 8, grad);
-    const double most = row.most == -kInfinity ? 0 : row.most;
     inverse_norm = static_cast<T>(row.inverse_norm);
-    shift = static_cast<T>(most);
-    offset = static_cast<T>((most * p.settings.scale - g.lse) * kLog2OfE);
+    shift = static_cast<T>(row.most);
+    offset = static_cast<T>((row.most * p.settings.scale - g.lse) * kLog2OfE);
     of_p = static_cast<T>(g.softmax * row.inverse_norm);
     of_weight = static_cast<T>(g.uniform * row.inverse_norm);
     of_target = static_cast<T>(g.target * row.inverse_norm);
