@@ -195,6 +195,9 @@ __device__ __forceinline__ float half_to_float(uint16_t bits) { return __half2fl
 __device__ __forceinline__ float bfloat_to_float(uint16_t bits) {
   return __uint_as_float(static_cast<unsigned>(bits) << 16);
 }
+// To the nearest, of two to the even one; beyond the largest, infinite.
+__device__ __forceinline__ uint16_t float_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
+__device__ __forceinline__ uint16_t float_to_bfloat(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 
 // Shared memory beyond the 48 KB that every kernel has must be asked for, once per kernel. And where a block takes much of
 // it, all of a multiprocessor's memory shall be shared memory, none of it cache, so that as many blocks fit as can.

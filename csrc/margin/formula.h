@@ -35,7 +35,7 @@ OTFACE_HOST_DEVICE inline Margined apply_margin(const Margin& m, double cosine, 
   double sign = 1, shift = 0;
   if (m.beyond_pi == BeyondPi::periodic) {
     const double k = std::floor(phi / pi);
-    sign = std::fmod(k, 2) == 0 ? 1 : -1;
+    sign = std::fmod(k, 2.0) == 0 ? 1 : -1;
     shift = 2 * k;
   }
   const double slope = m.straight_through ? 1 : sign * m.m1 * std::sin(phi) / (sine > least_sine ? sine : least_sine);

@@ -69,7 +69,9 @@ class Build:
 
     def _kernels(self) -> list[Path]:
         listed = json.loads((self.csrc / "sources.json").read_text())["kernels_cuda"]
-        return [HERE / "case.cpp", *(self.csrc / name for name in listed if not name.startswith("common/"))]
+        kernels = [self.csrc / name for name in listed if not name.startswith("common/")]
+        unlisted = [path for path in sorted((self.csrc / "margin").glob("*.cu")) if path not in kernels]
+        return [HERE / "case.cpp", HERE / "margin_case.cpp", *kernels, *unlisted]
 
     def _link(self, name: str, sources: list[Path], variant: str, flags: Sequence[str] = (), suffix: str = "") -> Path:
         with (self.out / f"lock.{name}.{variant}").open("w") as lock:

@@ -3,11 +3,11 @@
 #include <stdexcept>
 
 #include "common/simt.h"
+#include "named_arrays.h"
 #include "sinkhorn/launch_cuda.h"
 
 namespace otface::test {
 
-using simt::executor::Poison;
 using simt::executor::settings;
 using sinkhorn::BackwardParams;
 using sinkhorn::ForwardParams;
@@ -17,27 +17,13 @@ using sinkhorn::Tier;
 
 namespace {
 
-size_t item_bytes(char type) {
-  switch (type) {
-    case 'd':
-    case 'l': return 8;
-    case 'f': return 4;
-    case 'H': return 2;
-    case 'B': return 1;
-  }
-  throw std::runtime_error("no such type of array");
-}
-
-class Case {
+class Case : NamedArrays {
  public:
-  explicit Case(const Arrays& arguments) : arguments_(arguments) {
-    settings.seed = static_cast<uint64_t>(integer("seed", 0));
+  explicit Case(const Arrays& arguments) : NamedArrays(arguments) {
     settings.limits.multiprocessors = static_cast<int>(integer("multiprocessors", 2));
     settings.blocks_per_multiprocessor = static_cast<int>(integer("blocks_per_multiprocessor", 32));
     settings.limits.shared_bytes_per_block = static_cast<int>(integer("shared_bytes_per_block", 227 << 10));
     settings.limits.workspace_bytes = integer("workspace_bytes", int64_t{2} << 30);
-    settings.trap_invalid = integer("trap_invalid", 0) != 0;
-    settings.poison = integer("poison_float", 0) != 0 ? Poison::float_type : Poison::any_type;
     tier_ = static_cast<Tier>(integer("tier", 0));
     problems_ = read_problems();
   }
@@ -79,7 +65,7 @@ class Case {
     }
     const KernelChoice choice = forward_choice(params, tier_);
     tell("forward_choice", choice);
-    const Array workspace = take_workspace(choice);
+    const Array workspace = take_workspace(choice.workspace_bytes);
     check(forward_cuda(params, workspace.data(), nullptr, tier_));
   }
 
@@ -112,7 +98,7 @@ class Case {
     const KernelChoice choice =
         is_unrolled ? unrolled_backward_choice(params, tier_) : implicit_backward_choice(params, tier_);
     tell(is_unrolled ? "unrolled_choice" : "implicit_choice", choice);
-    const Array workspace = take_workspace(choice);
+    const Array workspace = take_workspace(choice.workspace_bytes);
     check(is_unrolled ? unrolled_backward_cuda(params, workspace.data(), nullptr, tier_)
                       : implicit_backward_cuda(params, workspace.data(), nullptr, tier_));
   }
@@ -129,7 +115,7 @@ class Case {
                    : cost.type == 'f'               ? DType::float32
                    : integer("cost_bfloat", 0) != 0 ? DType::bfloat16
                                                     : DType::float16;
-    p.cost.data = static_cast<const char*>(cost.data()) + item_bytes(cost.type) * integer("cost_offset", 0);
+    p.cost.data = static_cast<const char*>(cost.data()) + bytes_of(cost.type) * integer("cost_offset", 0);
     const int64_t* strides = static_cast<const int64_t*>(needed("cost_strides").data());
     p.cost.batch_stride = strides[0];
     p.cost.row_stride = strides[1];
@@ -149,42 +135,8 @@ class Case {
     return {given(name), strides[0], strides[1]};
   }
 
-  const Array* find(const std::string& name) const {
-    for (const Arrays* arrays : {&results_, &arguments_}) {
-      const auto entry = arrays->find(name);
-      if (entry != arrays->end()) return &entry->second;
-    }
-    return nullptr;
-  }
-  const Array& needed(const std::string& name) const {
-    const Array* array = find(name);
-    if (array == nullptr) throw std::runtime_error("no array " + name);
-    return *array;
-  }
-  const void* given(const std::string& name) const {
-    const Array* array = find(name);
-    return array == nullptr ? nullptr : array->data();
-  }
-  int64_t integer(const std::string& name, int64_t otherwise) const {
-    const Array* array = find(name);
-    return array == nullptr ? otherwise : *static_cast<const int64_t*>(array->data());
-  }
-  double number(const std::string& name, double otherwise) const {
-    const Array* array = find(name);
-    return array == nullptr ? otherwise : *static_cast<const double*>(array->data());
-  }
   int64_t stride_of(const std::string& name) const { return needed(name).shape[0] == 1 ? 0 : 1; }
 
-  void* result(const std::string& name, char type, std::vector<int64_t> shape) {
-    Array array(type, std::move(shape));
-    simt::executor::poison(array.data(), array.bytes);
-    return (results_[name] = std::move(array)).data();
-  }
-  Array take_workspace(const KernelChoice& choice) const {
-    Array workspace('B', {static_cast<int64_t>(choice.workspace_bytes)});
-    simt::executor::poison(workspace.data(), workspace.bytes);
-    return workspace;
-  }
   void tell(const std::string& name, const KernelChoice& choice) {
     const int64_t values[] = {static_cast<int64_t>(choice.tier),
                               choice.tile_rows,
@@ -196,12 +148,6 @@ class Case {
                               static_cast<int64_t>(choice.workspace_bytes)};
     std::memcpy(result(name, 'l', {8}), values, sizeof(values));
   }
-  static void check(const char* error) {
-    if (*error != 0) throw std::runtime_error(error);
-  }
-
-  const Arrays& arguments_;
-  Arrays results_;
   Problems problems_;
   char real_ = 'f';
   Tier tier_;
@@ -210,13 +156,15 @@ class Case {
 }  // namespace
 
 Array::Array(char type_, std::vector<int64_t> shape_) : type(type_), shape(std::move(shape_)) {
-  bytes = item_bytes(type);
+  bytes = bytes_of(type);
   for (const int64_t size : shape) bytes *= static_cast<size_t>(size);
   void* p = nullptr;
   if (posix_memalign(&p, 256, bytes) != 0) throw std::bad_alloc();
   data_.reset(p);
 }
 
-Arrays run_case(const Arrays& arguments) { return Case(arguments).run(); }
+Arrays run_case(const Arrays& arguments) {
+  return arguments.count("margin_step") != 0 ? run_margin_case(arguments) : Case(arguments).run();
+}
 
 }  // namespace otface::test

@@ -1,4 +1,4 @@
-// Calls the launchers of csrc/sinkhorn/launch_cuda.h with arrays that have a name, for the module and for the driver.
+// Calls the launchers of csrc/*/launch_cuda.h with arrays that have a name, for the module and for the driver.
 //
 // Every array is a heap block of exactly its size, so that the address sanitizer sees an overrun, and what a kernel has
 // to write is filled with NaN before.
@@ -32,7 +32,9 @@ struct Array {
 
 using Arrays = std::map<std::string, Array>;
 
-// What is in `arguments`: see kernels.py. Throws std::runtime_error with the launcher's words.
+// What is in `arguments`: see kernels.py and, where it holds a "margin_step", margin.py. Throws std::runtime_error with
+// the launcher's words.
 Arrays run_case(const Arrays& arguments);
+Arrays run_margin_case(const Arrays& arguments);  // margin_case.cpp
 
 }  // namespace otface::test

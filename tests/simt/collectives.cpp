@@ -116,7 +116,22 @@ void test_numbers() {
     uint32_t back;
     std::memcpy(&back, &bfloat, sizeof(back));
     EXPECT(back == bits << 16);
+    if (!std::isnan(actual)) EXPECT(float_to_half(actual) == half);
+    if (!std::isnan(bfloat)) EXPECT(float_to_bfloat(bfloat) == half);
   }
+  // Between two neighbours: below the middle, the middle, above it.
+  for (uint32_t bits = 0; bits < 0x7bff; ++bits) {
+    const uint16_t low = static_cast<uint16_t>(bits), high = static_cast<uint16_t>(bits + 1),
+                   even = (bits & 1) != 0 ? high : low;
+    const float middle = (half_to_float(low) + half_to_float(high)) / 2;
+    EXPECT(float_to_half(std::nextafter(middle, 0.0f)) == low && float_to_half(std::nextafter(middle, 1e9f)) == high);
+    EXPECT(float_to_half(middle) == even && float_to_half(-middle) == (even | 0x8000));
+    const float center = (bfloat_to_float(low) + bfloat_to_float(high)) / 2;
+    EXPECT(float_to_bfloat(center) == even && float_to_bfloat(-center) == (even | 0x8000));
+  }
+  EXPECT(float_to_half(65519.9f) == 0x7bff && float_to_half(65520.0f) == 0x7c00 && float_to_half(-INFINITY) == 0xfc00);
+  EXPECT(float_to_half(1e-30f) == 0 && float_to_bfloat(3.4e38f) == 0x7f80 && float_to_bfloat(INFINITY) == 0x7f80);
+  EXPECT(std::isnan(half_to_float(float_to_half(NAN))) && std::isnan(bfloat_to_float(float_to_bfloat(NAN))));
   EXPECT(exp2_of(-INFINITY) == 0 && exp2_of(3.0f) == 8 && exp2_of(-static_cast<double>(INFINITY)) == 0);
   EXPECT(quotient(1.0f, 4.0f) == 0.25f && quotient(1.0, 8.0) == 0.125 && log_of(1.0) == 0);
 }

@@ -135,6 +135,23 @@ inline float half_to_float(uint16_t bits) {
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(std::bit_cast<float>(rest << 13) * 0x1p112f));
 }
 inline float bfloat_to_float(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+inline uint16_t float_to_half(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000u;
+  const float size = std::fabs(x);
+  if (!(size < 65520.0f)) return static_cast<uint16_t>(sign | (std::isnan(x) ? 0x7fffu : 0x7c00u));
+  // In units of the half's last digit, which is worth 2^-24 for all below 2^-14; adding 2^23 rounds them.
+  int exponent = 0;
+  std::frexp(size, &exponent);
+  exponent = size < 0x1p-14f ? -13 : exponent;  // size < 2^exponent
+  const float unit = std::ldexp(1.0f, exponent - 11), digits = (size / unit + 0x1p23f) - 0x1p23f;
+  // 1024 to 2048 digits, or fewer where the half is subnormal: 1024 stand for the first step of the exponent.
+  return static_cast<uint16_t>(sign | static_cast<uint32_t>((exponent + 13) * 1024 + static_cast<int>(digits)));
+}
+inline uint16_t float_to_bfloat(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  if (std::isnan(x)) return 0x7fffu;
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
 
 inline Limits limits() { return executor::settings.limits; }
 
