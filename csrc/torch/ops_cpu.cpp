@@ -53,7 +53,7 @@ struct Cpu {
   }
 
   // out = a b, or out + a b
-  static void product(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+  static void product(Tensor& out, const Tensor& a, const Tensor& b, bool add) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), add ? 1 : 0, 1));
   }
 };

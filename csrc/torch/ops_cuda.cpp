@@ -1,10 +1,14 @@
 // The operators on CUDA: the current device and stream, and workspace from torch's allocator.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <array>
 #include <sstream>
 
+#include "margin/launch_cuda.h"
 #include "sinkhorn/launch_cuda.h"
+#include "torch/margin_ops.h"
 #include "torch/sinkhorn_ops.h"
 
 namespace otface::binding {
@@ -48,6 +52,52 @@ struct Cuda {
   static void implicit_backward(const BackwardParams& params, const Tensor& on) {
     with_workspace(params, on, sinkhorn::implicit_backward_choice, sinkhorn::implicit_backward_cuda);
   }
+
+  static void start(const margin::StartParams& params, const Tensor& on) { run(margin::start_cuda, params, on); }
+  static void inverse_norms(const margin::NormsParams& params, const Tensor& on) {
+    run(margin::inverse_norms_cuda, params, on);
+  }
+  static void forward_chunk(const margin::ForwardChunkParams& params, const Tensor& on) {
+    const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+    const auto bytes = static_cast<int64_t>(margin::forward_chunk_workspace(params));
+    const Tensor workspace = make(on, true, ScalarType::Byte, {bytes});
+    check(margin::forward_chunk_cuda(params, data(workspace), current_stream(on)));
+  }
+  static void loss(const margin::LossParams& params, const Tensor& on) { run(margin::loss_cuda, params, on); }
+  static void backward_chunk(const margin::BackwardChunkParams& params, const Tensor& on) {
+    run(margin::backward_chunk_cuda, params, on);
+  }
+  static void logits(const margin::LogitsParams& params, const Tensor& on) { run(margin::logits_cuda, params, on); }
+  static void logits_backward(const margin::LogitsBackwardParams& params, const Tensor& on) {
+    run(margin::logits_backward_cuda, params, on);
+  }
+  static void project(const margin::ProjectParams& params, const Tensor& on) { run(margin::project_cuda, params, on); }
+
+  // out = a b, or out + a b. Half types are multiplied as they are and added up in float32.
+  static void product(Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+    if (a.scalar_type() == out.scalar_type()) {
+      TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), add ? 1 : 0, 1));
+      return;
+    }
+    if (add) {
+      Tensor summand = make(out, true, out.scalar_type(), {out.size(0), out.size(1)});
+      product(summand, a, b, false);
+      out = torch::stable::subtract(out, summand, -1);
+      return;
+    }
+    std::array<StableIValue, 4> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                      torch::stable::detail::from(out.scalar_type()),
+                                      torch::stable::detail::from(out)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);  // takes the reference that the call gave back
+  }
+
+ private:
+  template <class Params>
+  static void run(const char* (*launch)(const Params&, simt::Stream), const Params& params, const Tensor& on) {
+    const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+    check(launch(params, current_stream(on)));
+  }
 };
 
 // What otface_cuda.kernel_for shows, one `key=value` per line: the choice for `batch` problems of n x m on the current device.
@@ -84,4 +134,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(otface, m) {
 STABLE_TORCH_LIBRARY_IMPL(otface, CompositeExplicitAutograd, m) {
   m.impl("sinkhorn_kernel", TORCH_BOX(&otface::binding::sinkhorn_kernel));
 }
-STABLE_TORCH_LIBRARY_IMPL(otface, CUDA, m) { OTFACE_REGISTER_SINKHORN(m, otface::binding::Cuda); }
+STABLE_TORCH_LIBRARY_IMPL(otface, CUDA, m) {
+  OTFACE_REGISTER_SINKHORN(m, otface::binding::Cuda);
+  OTFACE_REGISTER_MARGIN(m, otface::binding::Cuda);
+}
