@@ -16,24 +16,35 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
-import os
-import platform
-import subprocess
 import sys
-import textwrap
 import traceback
-from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import faces
+import harness
 import measure
 import roofline
 import torch
+from harness import (
+    Notes,
+    aligned,
+    check_options,
+    disturbance,
+    megabytes,
+    milliseconds,
+    progress,
+    provenance,
+    significant,
+    summary,
+    time_cell,
+    use_threads,
+    versions,
+    wrapped,
+)
 from peers import OURS, PEERS, Peer
-from plot import draw, machine
+from plot import draw
 from problems import (
     ROWS,
     Answer,
@@ -48,7 +59,6 @@ from problems import (
 )
 
 ROW_SECONDS = 4.0  # time budget of a row; everyone gets five repetitions, however long that takes
-DISTURBED = 0.1  # CPUs that other programs use during the timings, from which the table says so
 ERROR_PROBLEMS = 64  # how many problems give the marginal error of potentials, and the iterations that match it
 
 
@@ -70,53 +80,15 @@ def main(argv: list[str] | None = None) -> int:
 # ---- command line ----
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        """One sentence, without the usage."""
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="bench_sinkhorn", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure to PATH")
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the chart into PATH, a .png (needs matplotlib)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
-    parser.add_argument(
-        "--peers",
-        metavar="A,B",
-        help=f"only these, or 'none'; known: {', '.join(PEERS)}; default: those installed",
-    )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads for everyone; default: torch's")
+    parser = harness.parser("bench_sinkhorn", __doc__, PEERS)
     parser.add_argument(
         "--faces", type=Path, metavar="PATH", help="take the 49x49 costs from faces: ROOT/person/image, or a tar of it"
     )
-    parser.add_argument("--quick", action="store_true", help="small rows, few repetitions, no memory: a smoke test")
     options = parser.parse_args(argv)
-
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this torch finds no CUDA device")
-    cpus = available_cpus()
-    if options.threads is not None and not 1 <= options.threads <= cpus:
-        parser.error(f"--threads must be from 1 to {cpus}, the CPUs of this machine, got {options.threads}")
-    wanted = [] if options.peers in (None, "none") else options.peers.split(",")
-    for name in wanted:
-        if name not in PEERS:
-            parser.error(f"--peers: no peer is called {name!r}; known: {', '.join(PEERS)}")
-        if not PEERS[name].installed:
-            parser.error(f"--peers: {name} is not installed (pip install {PEERS[name].package})")
-        if options.device not in PEERS[name].devices:
-            parser.error(f"--peers: {name} does not run on {options.device}")
-    everyone = [p.name for p in PEERS.values() if p.installed and options.device in p.devices]
-    options.peers = everyone if options.peers is None else wanted
-    for path in (options.json, options.plot):
-        if path and not path.absolute().parent.is_dir():
-            parser.error(f"{path}: its folder does not exist")
-    if options.plot and options.plot.suffix != ".png":
-        parser.error("--plot must end in .png")
+    check_options(parser, options, PEERS)
     if options.faces and not options.faces.exists():
         parser.error(f"--faces: {options.faces} does not exist")
-    if not OURS.installed:
-        parser.error("otface_cuda is not installed: pip install --no-build-isolation . in the project's folder")
     return options
 
 
@@ -164,7 +136,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         result["work"] = roofline.work(row)
         result["limit"] = roofline.percentage(row, result["ours"]["seconds"]["median"], best, device)
     return {
-        **provenance(device, peers),
+        **provenance("sinkhorn", device, PEERS, options.peers),
         "quick": options.quick,
         "limits": best,
         "faces": facts,
@@ -279,11 +251,6 @@ def memory_work(name: str, row: Row, x: Any, y: Any, threads: int) -> tuple[Call
     return tiny, lambda: contender.prepare(make_problem(row, "cpu", points))
 
 
-def summary(samples: list[float]) -> dict[str, Any]:
-    low, middle, high = measure.quartiles(samples)
-    return {"median": middle, "quartiles": [low, high], "repetitions": len(samples)}
-
-
 def separation(problem: Problem) -> dict[str, float]:
     """Do the costs know faces? Their means, and how often a pair of one person is nearer than a pair of two."""
     costs = solve_float64(dataclasses.replace(problem, row=dataclasses.replace(problem.row, backward=False)))
@@ -292,46 +259,6 @@ def separation(problem: Problem) -> dict[str, float]:
         "mean_cost_same": float(same.mean()),
         "mean_cost_different": float(different.mean()),
         "same_is_nearer": float((same[:, None] < different).float().mean()),
-    }
-
-
-# ---- the machine ----
-
-
-def available_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def use_threads(threads: int | None) -> None:
-    """The same number of threads for everyone. jax sizes its pool by the CPUs it may use, so those are limited."""
-    if threads is None:
-        return
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    torch.set_num_threads(threads)
-
-
-def provenance(device: str, peers: list[Peer]) -> dict[str, Any]:
-    """What is needed to make sense of the figures later. No path of the machine goes in."""
-    import otface_cuda
-
-    info = json.loads(json.dumps(dataclasses.asdict(otface_cuda.info())))  # tuples become lists
-    commit, dirty = git_state()
-    return {
-        "benchmark": "sinkhorn",
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": commit,
-        "dirty": dirty,
-        "device": device,
-        "device_name": torch.cuda.get_device_name(0) if device == "cuda" else cpu_model(),
-        "cpu": cpu_model(),
-        "threads": torch.get_num_threads(),
-        **({"gpu": gpu()} if device == "cuda" else {}),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "info": {key: value for key, value in info.items() if not holds_path(value)},
-        "absent": [p.name for p in PEERS.values() if device in p.devices and p not in peers],
-        "memory_resolution_bytes": measure.MEMORY_RESOLUTION if device == "cpu" else 512,
     }
 
 
@@ -344,60 +271,6 @@ def kernels(row: Row) -> list[dict[str, Any]]:
     return [dataclasses.asdict(kernel) for kernel in taken]
 
 
-def gpu() -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "multiprocessors": properties.multi_processor_count,
-        "memory_bytes": properties.total_memory,
-        "l2_bytes": properties.L2_cache_size,
-        "shared_bytes_per_block": properties.shared_memory_per_block_optin,
-        "capability": list(torch.cuda.get_device_capability(0)),
-        "cuda": torch.version.cuda,
-    }
-
-
-def holds_path(value: Any) -> bool:
-    return os.sep in json.dumps(value, default=str)
-
-
-def git_state() -> tuple[str | None, bool | None]:
-    """The commit of this checkout, and whether a tracked file differs from it."""
-    try:
-        here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": True}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **here).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None, None
-    return commit, bool(changed.strip())
-
-
-def cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def progress(steps: list[tuple[str, Callable[[], None]]]) -> Iterator[Callable[[], None]]:
-    """The steps, with a bar from tqdm if it is there and someone watches, else with one line a step."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        tqdm = None
-    if tqdm is None or not sys.stderr.isatty():
-        for i, (title, step) in enumerate(steps, start=1):
-            print(f"[{i}/{len(steps)}] {title}", file=sys.stderr, flush=True)
-            yield step
-        return
-    with tqdm(total=len(steps), bar_format="{l_bar}{bar:20}{r_bar}", leave=False) as bar:
-        for title, step in steps:
-            bar.set_description(title)
-            yield step
-            bar.update()
-
-
 # ---- the table ----
 
 COLUMNS = ["", "ms (quartiles)", "ratio", "iterations", "error", "limit", "peak MB", "max diff"]
@@ -405,30 +278,16 @@ COLUMNS = ["", "ms (quartiles)", "ratio", "iterations", "error", "limit", "peak 
 
 def table(result: dict[str, Any]) -> str:
     """Everything in one aligned text. A peer's ratio says how many times ours is faster."""
-    lines: list[list[str] | str] = [COLUMNS]
-    notes: dict[str, int] = {}
-
-    def mark(text: str) -> str:
-        return f" [{notes.setdefault(text, len(notes) + 1)}]"
-
+    lines: list[list[str] | str] = []
+    notes = Notes()
     for row in result["rows"]:
-        others = row["other_programs_cpus"] or 0
-        disturbed = f"; DISTURBED: other programs used {others:.1f} CPUs" if others > DISTURBED else ""
         wall = row["ours"].get("wall_seconds")
         alone = f"; ours made and waited for alone: {milliseconds(wall['median'])} ms" if wall else ""
         tiers = "".join(f", {kernel['tier']} kernel" for kernel in row.get("kernels", []))
-        lines.append(f"{row['title']}; {row['input']}{tiers}{alone}{disturbed}")
+        lines.append(f"{row['title']}; {row['input']}{tiers}{alone}{disturbance(row)}")
         for entry in (row["ours"], *row["peers"]):
-            lines.append(table_line(entry, row, mark))
-    widths = [max(len(line[i]) for line in lines if isinstance(line, list)) for i in range(len(COLUMNS))]
-    text = [heading(result), ""]
-    for line in lines:
-        if isinstance(line, str):
-            text += ["", line]
-        else:
-            cells = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-            text.append("  ".join([line[0].ljust(widths[0]), *cells]).rstrip())
-    return "\n".join([*text, "", *footnotes(result, notes)])
+            lines.append(table_line(entry, row, notes.mark))
+    return "\n".join([heading(result), "", *aligned(COLUMNS, lines), "", *footnotes(result, notes)])
 
 
 def table_line(entry: dict[str, Any], row: dict[str, Any], mark: Callable[[str], str]) -> list[str]:
@@ -459,11 +318,7 @@ def table_line(entry: dict[str, Any], row: dict[str, Any], mark: Callable[[str],
 
 
 def heading(result: dict[str, Any]) -> str:
-    lines = [
-        f"{processor(result)}, torch {result['torch']}, "
-        f"otface_cuda {result['info'].get('version', '')} at {(result['commit'] or 'no commit')[:10]}"
-        f"{' with changes' if result['dirty'] else ''}"
-    ]
+    lines = [versions(result)]
     limits = result["limits"]
     reads = "".join(
         f", reading {int(size) / 2**20:.0f} MB {rate / 1e9:.0f} GB/s"
@@ -482,12 +337,7 @@ def heading(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def processor(result: dict[str, Any]) -> str:
-    """The machine, and for a CPU its instruction set."""
-    return machine(result) + ("" if "gpu" in result else f", {result['info']['cpu_isa']}")
-
-
-def footnotes(result: dict[str, Any], notes: dict[str, int]) -> list[str]:
+def footnotes(result: dict[str, Any], notes: Notes) -> list[str]:
     cold = "; device events, cold L2, the host ahead of the GPU" if result["device"] == "cuda" else ""
     lines = [
         f"ratio: the peer's median over ours, timed in turn{cold}.",
@@ -496,32 +346,10 @@ def footnotes(result: dict[str, Any], notes: dict[str, int]) -> list[str]:
         "peak MB: memory beyond the inputs at the peak of a call, outputs included (resolution 0.3 MB on a CPU).",
         "max diff: from float64 after as many iterations, of <P, C>, plan and gradient, relative to the largest.",
     ]
-    lines += [f"[{number}] {note}" for note, number in notes.items()]
+    lines += notes.lines()
     if result["absent"]:
         lines.append(f"Not run, not installed or not asked for: {', '.join(result['absent'])}.")
-    return [part for line in lines for part in textwrap.wrap(line, 120, subsequent_indent="    ")]
-
-
-def significant(value: float, digits: int = 2) -> str:
-    """Two significant digits, and all digits before the point: 0.57, 5.7, 57, 568."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:.0f}"
-    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
-
-
-def milliseconds(seconds: float) -> str:
-    return significant(1e3 * seconds, 3)
-
-
-def time_cell(seconds: dict[str, Any]) -> str:
-    low, high = seconds["quartiles"]
-    return f"{milliseconds(seconds['median'])} ({milliseconds(low)}-{milliseconds(high)})"
-
-
-def megabytes(count: float | None) -> str:
-    if count is None:
-        return "-"
-    return f"{count / 1e6:.1f}" if count < 1e8 else f"{count / 1e6:.0f}"
+    return wrapped(lines)
 
 
 if __name__ == "__main__":

@@ -18,21 +18,15 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from harness import Library
 from problems import Answer, Problem, Row
 from torch import Tensor
 
 
-class Peer:
-    name = ""  # for --peers
-    label = ""  # in the table
-    module = "torch"  # must be importable
-    package = "torch"  # whose version is reported
-    note = ""  # footnote: how it is run
-    devices = ("cpu", "cuda")
+class Peer(Library):
     own_streams = False  # on CUDA, torch's events do not see it
     # True: its iteration is another one, from points, so ours is timed at the error it reaches, from the same points;
     # ``read`` then returns its potentials (f, g) instead of an Answer.
@@ -54,17 +48,6 @@ class Peer:
 
     def read(self, problem: Problem, result: Any) -> Answer | tuple[Tensor, Tensor]:
         raise NotImplementedError
-
-    @property
-    def installed(self) -> bool:
-        return importlib.util.find_spec(self.module) is not None
-
-    @property
-    def version(self) -> str:
-        try:
-            return version(self.package)
-        except PackageNotFoundError:
-            return ""
 
 
 def with_gradient(solve: Callable[[Tensor], tuple[Tensor, Tensor]], cost: Tensor) -> Callable[[], Answer]:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench_sinkhorn import DISTURBED, megabytes, milliseconds, processor, significant
+from harness import DISTURBED, megabytes, milliseconds, processor, significant
 from peers import PEERS
 
 ROOT = Path(__file__).resolve().parents[1]

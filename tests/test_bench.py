@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench_sinkhorn as bench
 import faces
+import harness
 import measure
 import peers
 import plot
@@ -411,14 +412,14 @@ def test_unusable_faces_are_one_sentence(tree):
     ("value", "text"), [(0.0571, "0.057"), (0.57, "0.57"), (5.71, "5.7"), (57.1, "57"), (5712.0, "5712"), (0, "0")]
 )
 def test_significant(value, text):
-    assert bench.significant(value) == text
+    assert harness.significant(value) == text
 
 
 def test_cells():
-    assert bench.time_cell({"median": 0.0123456, "quartiles": [0.0121, 0.0201]}) == "12.3 (12.1-20.1)"
-    assert bench.megabytes(None) == "-"
-    assert bench.megabytes(1.26e6) == "1.3"
-    assert bench.megabytes(268.4e6) == "268"
+    assert harness.time_cell({"median": 0.0123456, "quartiles": [0.0121, 0.0201]}) == "12.3 (12.1-20.1)"
+    assert harness.megabytes(None) == "-"
+    assert harness.megabytes(1.26e6) == "1.3"
+    assert harness.megabytes(268.4e6) == "268"
 
 
 @pytest.fixture(scope="module")
@@ -459,9 +460,9 @@ def test_table_is_aligned_and_complete(result):
 
 
 def test_a_path_in_the_build_information_is_left_out():
-    assert bench.holds_path("toolkit in /usr/local/cuda")
-    assert bench.holds_path(["/opt/x"])
-    assert not bench.holds_path("avx512")
+    assert harness.holds_path("toolkit in /usr/local/cuda")
+    assert harness.holds_path(["/opt/x"])
+    assert not harness.holds_path("avx512")
 
 
 def test_the_picture_is_drawn_from_the_json(result, tmp_path):
