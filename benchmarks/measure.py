@@ -101,10 +101,18 @@ class Contender:
         time.sleep(PAUSE_SECONDS)
 
 
-def interleave(ours: Contender, others: list[Contender], clock: Clock, budget: float, least: int) -> None:
+def interleave(
+    ours: Contender,
+    others: list[Contender],
+    clock: Clock,
+    budget: float,
+    least: int,
+    ours_each_time: bool = True,
+) -> None:
     """Time everyone in turn, ours before each peer, so that a disturbance of the machine hits both sides of a ratio.
 
     Everyone gets ``least`` samples; after that a contender takes part until its share of ``budget`` seconds is used.
+    ``ours_each_time=False``: ours once a round, like everyone, for calls that take seconds.
     All have been called once before (compiled, warm), which is not counted.
     """
     everyone = [ours, *others]
@@ -114,7 +122,7 @@ def interleave(ours: Contender, others: list[Contender], clock: Clock, budget: f
         if not active:
             return
         for contender in active:
-            if contender is not ours:
+            if contender is not ours and ours_each_time:
                 ours.take_turn(clock)
             contender.take_turn(clock)
 
@@ -154,7 +162,14 @@ class OtherPrograms:
 MEMORY_RESOLUTION = 0.3e6
 
 
-PRELOAD = ["torch", "numpy", "ot.batch", "geomloss", "ott.solvers.linear.sinkhorn"]  # what is absent is left out
+PRELOAD = [
+    "torch",
+    "numpy",
+    "ot.batch",
+    "geomloss",
+    "ott.solvers.linear.sinkhorn",
+    "pytorch_metric_learning.losses",
+]  # what is absent is left out
 
 
 def peak_memory_cpu(work: Callable[..., tuple[Callable, Callable]], *args: Any) -> float | None:
