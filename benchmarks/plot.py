@@ -20,8 +20,12 @@ STYLES = {
     "pot-loop": ("#000000", "P"),
     "flash-sinkhorn": ("#D55E00", "X"),
     "flash-sinkhorn-fp32": ("#999999", "*"),
+    "naive": ("#0072B2", "o"),
+    "compiled": ("#E69F00", "s"),
+    "pytorch-metric-learning": ("#009E73", "D"),
 }
 OURS_COLOUR = "#D55E00"
+STORED_COLOUR = "#999999"  # the margin loss with stored logits
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -31,13 +35,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    rows = result["rows"]
+    rows = shown(result)
     places = range(len(rows) - 1, -1, -1)
     with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure, (left, right) = plt.subplots(
             1, 2, figsize=(8, 1.6 + 0.55 * len(rows)), width_ratios=[3, 1], sharey=True, layout="constrained"
         )
-        for i, (name, (colour, marker)) in enumerate(STYLES.items()):
+        present = {entry["name"] for row in rows for entry in row["peers"]}
+        styles = {name: style for name, style in STYLES.items() if name in present}
+        for i, (name, (colour, marker)) in enumerate(styles.items()):
             shift = 0.24 - 0.08 * i  # so that equal ratios do not hide each other
             found = [
                 (entry, y)
@@ -58,22 +64,47 @@ def draw(result: dict[str, Any], path: Path) -> None:
         left.grid(axis="x", color="0.9", zorder=0)
         left.grid(axis="y", color="0.95", zorder=0)
 
-        limits = [(row["limit"]["percent"] if row["limit"] else 0) for row in rows]
+        limits = [limit["percent"] if (limit := row.get("limit", row["ours"].get("limit"))) else 0 for row in rows]
         right.barh(list(places), limits, height=0.5, color=OURS_COLOUR, zorder=3)
-        for row, y in zip(rows, places, strict=True):
-            if row["limit"]:
-                text = f"{row['limit']['percent']:.0f} % {row['limit']['of']}"
+        for row, y, percent in zip(rows, places, limits, strict=True):
+            if percent:
+                of = f" {row['limit']['of']}" if "limit" in row else ""
                 white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-                right.text(row["limit"]["percent"] + 4, y, text, va="center", fontsize=9, bbox=white)
+                right.text(percent + 4, y, f"{percent:.0f} %{of}", va="center", fontsize=9, bbox=white)
+        stored = [
+            (row["stored"]["limit"]["percent"], y - 0.33)
+            for row, y in zip(rows, places, strict=True)
+            if "limit" in row.get("stored", {})
+        ]
+        if stored:
+            right.barh(
+                [y for _, y in stored],
+                [percent for percent, _ in stored],
+                height=0.16,
+                color=STORED_COLOUR,
+                zorder=3,
+                label="ours with stored logits",
+            )
+            limits += [percent for percent, _ in stored]
         right.set_xlim(0, max(100, *limits) * 1.45)
         right.set_xticks([0, 50, 100])
         right.axvline(100, color="0.4", linewidth=1)
         right.set_xlabel("% of the limit")
         right.tick_params(axis="y", length=0)
-        figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+        (handles, labels), (more_handles, more_labels) = (side.get_legend_handles_labels() for side in (left, right))
+        figure.legend(handles + more_handles, labels + more_labels, loc="outside upper center", ncols=4, frameon=False)
         figure.supxlabel(f"{machine(result)}, torch {result['torch']}", fontsize=8, color="0.4")
         figure.savefig(path, dpi=200)
         plt.close(figure)
+
+
+def shown(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """All rows; of the margin loss, for which they are many, those with the largest embeddings."""
+    rows = result["rows"]
+    if result["benchmark"] == "margin" and rows:
+        largest = max(row["dimension"] for row in rows)
+        return [row for row in rows if row["dimension"] == largest]
+    return rows
 
 
 def machine(result: dict[str, Any]) -> str:
@@ -84,6 +115,9 @@ def machine(result: dict[str, Any]) -> str:
 
 
 def label(row: dict[str, Any]) -> str:
+    if "classes" in row:
+        autocast = "" if row["dtype"] == "float32" else f"\n{row['dtype']}"
+        return f"B={row['batch']}, C={row['classes']:,}, d={row['dimension']}{autocast}"
     kind = "forward + backward" if row["backward"] else "forward"
     return f"{row['batch']} of {row['n']}x{row['m']}, eps {row['eps']:g}\n{row['iterations']} iterations, {kind}"
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from harness import DISTURBED, megabytes, milliseconds, processor, significant
+from margin_peers import PEERS as MARGIN_PEERS
 from peers import PEERS
+from plot import shown
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- table of (?P<result>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -30,6 +32,10 @@ def fill(text: str, root: Path = ROOT) -> str:
 
 def render(result: dict[str, Any]) -> str:
     """A Markdown table, one line per row of the benchmark, and a line that says where and how it was measured."""
+    return (render_margin if result["benchmark"] == "margin" else render_sinkhorn)(result)
+
+
+def render_sinkhorn(result: dict[str, Any]) -> str:
     rows = [row for row in result["rows"] if row["input"] == "faces" or not result["faces"]]
     timed = {entry["name"]: entry for row in rows for entry in row["peers"] if "ratio" in entry}
     peers = [name for name in PEERS if name in timed]
@@ -42,17 +48,63 @@ def render(result: dict[str, Any]) -> str:
         *(timed[p]["label"] for p in peers),
     ]
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *(line(row, peers) for row in rows)]
-    versions = dict.fromkeys(
-        [f"torch {result['torch']}", *(f"{PEERS[name].package} {timed[name]['version']}" for name in peers)]
-    )
-    made = (
+    packages = [f"{PEERS[name].package} {timed[name]['version']}" for name in peers]
+    return markdown(lines, made(result, rows, packages))
+
+
+def markdown(lines: list[list[str]], made: str) -> str:
+    return "\n".join(["", *("| " + " | ".join(cells) + " |" for cells in lines), "", made, "", ""])
+
+
+def made(result: dict[str, Any], rows: list[dict[str, Any]], packages: list[str]) -> str:
+    """Where and how it was measured."""
+    torch_version = f"torch {result['torch']}"  # more exact than that of torch's package
+    others = dict.fromkeys(package for package in packages if not package.startswith("torch "))
+    versions = ", ".join([torch_version, *others])
+    text = (
         f"{processor(result)}, commit {(result['commit'] or 'unknown')[:10]}"
-        f"{' with changes' if result['dirty'] else ''}, {result['date'][:10]}. Versions: {', '.join(versions)}."
+        f"{' with changes' if result['dirty'] else ''}, {result['date'][:10]}. Versions: {versions}."
     )
     disturbance = max(row["other_programs_cpus"] or 0 for row in rows)
     if disturbance > DISTURBED:
-        made += f" Other programs used up to {disturbance:.1f} CPUs during these timings."
-    return "\n".join(["", *("| " + " | ".join(cells) + " |" for cells in lines), "", made, "", ""])
+        text += f" Other programs used up to {disturbance:.1f} CPUs during these timings."
+    return text
+
+
+def render_margin(result: dict[str, Any]) -> str:
+    rows = shown(result)
+    timed = {entry["name"]: entry for row in rows for entry in row["peers"] if "ratio" in entry}
+    peers = [name for name in MARGIN_PEERS if name in timed]
+    head = [
+        "forward + backward",
+        "otface_cuda",
+        "of the limit",
+        "stored logits",
+        "of the limit",
+        "from float64",
+        "peak memory",
+        *(timed[p]["label"] for p in peers),
+    ]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *(margin_line(row, peers) for row in rows)]
+    packages = [f"{MARGIN_PEERS[name].package} {timed[name]['version']}" for name in peers]
+    return markdown(lines, made(result, rows, packages))
+
+
+def margin_line(row: dict[str, Any], peers: list[str]) -> list[str]:
+    ours, entries = row["ours"], {entry["name"]: entry for entry in row["peers"]}
+    autocast = "" if row["dtype"] == "float32" else f", {row['dtype']}"
+    cells = []
+    for entry in (ours, row["stored"]):
+        timed = "seconds" in entry
+        cells += [f"{milliseconds(entry['seconds']['median'])} ms" if timed else "-"]
+        cells += [f"{entry['limit']['percent']:.0f} %" if timed else "-"]
+    return [
+        f"{row['batch']} x {row['classes']:,} classes, d = {row['dimension']}{autocast}",
+        *cells,
+        f"{max(ours['difference'].values()):.0e}",
+        f"{megabytes(ours['peak_bytes'])} MB" if ours.get("peak_bytes") is not None else "-",
+        *(f"{significant(entries[p]['ratio'])}x" if "ratio" in entries.get(p, {}) else "-" for p in peers),
+    ]
 
 
 def line(row: dict[str, Any], peers: list[str]) -> list[str]:

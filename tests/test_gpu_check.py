@@ -117,6 +117,7 @@ def test_a_failure_does_not_stop_the_others(machine):
         ("setup.py", ["build"]),
         ("kernel_resources", ["build"]),
         ("sinkhorn(cost.cuda()", ["build"]),
+        ("margin_softmax_loss", ["build"]),
         ("-m sanitize", ["memcheck", "racecheck", "synccheck", "initcheck"]),
         ("bench_one.py", ["bench"]),
     ],
@@ -167,7 +168,11 @@ def test_a_part_that_hangs_is_stopped(machine):
 
 def test_faces_are_a_second_run(machine):
     machine.run("bench", OTFACE_FACES="faces.tar")
-    assert "--faces faces.tar --json benchmarks/results/one_h200_faces.json\n" in machine.calls
+    calls = machine.calls
+    assert (
+        "bench_sinkhorn.py --device cuda --faces faces.tar --json benchmarks/results/sinkhorn_h200_faces.json" in calls
+    )
+    assert calls.count("--faces") == 1  # no other benchmark takes faces
 
 
 def test_a_sanitizer_of_the_toolkit_is_found(machine, tmp_path):

@@ -5,7 +5,7 @@
 #   tools/gpu_check.sh build tests      these parts
 #   tools/gpu_check.sh --list           their names
 #
-#   build      compile for the GPU that is present, print what each kernel needs, solve one problem
+#   build      compile for the GPU that is present, print what each kernel needs, solve one problem, one margin loss
 #   tests      the whole test suite, with CUDA graphs and several streams
 #   memcheck racecheck synccheck initcheck
 #              the tests of every kernel under that tool of compute-sanitizer
@@ -13,7 +13,7 @@
 #
 # OTFACE_NO_INSTALL=1   no network, nothing is installed: the python3 on PATH with what it has; the library is compiled
 #                       in place. Otherwise the parts use .venv, which make fills.
-# OTFACE_FACES=PATH     the benchmark is run a second time with costs from these faces
+# OTFACE_FACES=PATH     the Sinkhorn benchmark is run a second time with costs from these faces
 # OTFACE_PART_SECONDS   how long one part may take, 1800 by default: a kernel that hangs is a failure, not a wait
 #
 # It ends with 0 if nothing failed, 1 if a part failed, 2 if it could not start. What is not there to run a part with is
@@ -59,6 +59,14 @@ cost = torch.rand(3, 20, 30)
 difference = otface_cuda.sinkhorn(cost.cuda(), 0.1).f.cpu() - otface_cuda.sinkhorn(cost, 0.1).f
 assert difference.abs().max() < 1e-4, "the GPU and the CPU differ by %g" % difference.abs().max()
 print("One problem solved on", torch.cuda.get_device_name())' || status=1
+  "$python" -c '
+import torch, otface_cuda
+x, weight, labels = torch.randn(5, 16), torch.randn(300, 16), torch.randint(300, (5,))
+settings = dict(margin=otface_cuda.ArcFace(0.5), scale=64.0)
+loss = otface_cuda.margin_softmax_loss(x, weight, labels, **settings)
+on_gpu = otface_cuda.margin_softmax_loss(x.cuda(), weight.cuda(), labels.cuda(), **settings).cpu()
+assert torch.allclose(loss, on_gpu, rtol=1e-4), "the margin loss is %g on the CPU, %g on the GPU" % (loss, on_gpu)
+print("One margin loss computed on", torch.cuda.get_device_name())' || status=1
   return "$status"
 }
 
@@ -105,10 +113,11 @@ bench() {
     name=$(basename "$script" .py)
     name=benchmarks/results/${name#bench_}_$1
     "$python" "$script" --device cuda --json "$name.json" || status=1
-    if [ -n "${OTFACE_FACES:-}" ]; then
-      "$python" "$script" --device cuda --faces "$OTFACE_FACES" --json "${name}_faces.json" || status=1
-    fi
   done
+  if [ -n "${OTFACE_FACES:-}" ]; then
+    "$python" benchmarks/bench_sinkhorn.py --device cuda --faces "$OTFACE_FACES" \
+      --json "benchmarks/results/sinkhorn_$1_faces.json" || status=1
+  fi
   return "$status"
 }
 
