@@ -1,4 +1,4 @@
-"""The logic of the margin benchmark: that everyone is given the same problem, what it prints, and what it leaves out."""
+"""The margin benchmark: that everyone is given the same problem, what it prints, and what it leaves out."""
 
 from __future__ import annotations
 
