@@ -44,7 +44,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         present = {entry["name"] for row in rows for entry in row["peers"]}
         styles = {name: style for name, style in STYLES.items() if name in present}
         for i, (name, (colour, marker)) in enumerate(styles.items()):
-            shift = 0.24 - 0.08 * i  # so that equal ratios do not hide each other
+            shift = 0.08 * ((len(styles) - 1) / 2 - i)  # so that equal ratios do not hide each other
             found = [
                 (entry, y)
                 for row, y in zip(rows, places, strict=True)
@@ -60,6 +60,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
         left.axvline(1, color="0.4", linewidth=1)
         left.set_yticks(list(places), [label(row) for row in rows])
         left.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        low, high = left.get_xlim()
+        if high < 10 * low:  # too few powers of ten to read it by
+            left.xaxis.set_minor_formatter(lambda value, _: f"{value:g}x")
         left.set_xlabel("times faster than the peer")
         left.grid(axis="x", color="0.9", zorder=0)
         left.grid(axis="y", color="0.95", zorder=0)
