@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml tools/toolchain.py tools/nvcc_report.py $(she
 
 MAKEFLAGS += --no-print-directory
 .NOTPARALLEL:
-.PHONY: test kernels bench lint clean FORCE
+.PHONY: test kernels bench bench-margin lint clean FORCE
 
 test: export OTFACE_WERROR = 1
 test: $(VENV)/test
@@ -25,6 +25,9 @@ kernels: $(VENV)/compiled
 
 bench: $(VENV)/bench
 	$(BIN)/python benchmarks/bench_sinkhorn.py $(ARGS)
+
+bench-margin: $(VENV)/bench
+	$(BIN)/python benchmarks/bench_margin.py $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check
