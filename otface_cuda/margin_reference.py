@@ -6,19 +6,19 @@ where x_b or w_j is zero, and then has the gradient 0:
     logit_bj = s cos_bj, but logit_{b, y_b} = s margin(cos_{b, y_b})                                                (1)
     loss_b = -sum_j q_bj log softmax(logit_b)_j,   q_bj = (1 - e) u_y [j = y_b] + (e / C) u_j                       (2)
 
-with the label smoothing e and the class weights u, which are 1 if not given. "mean" is sum_b loss_b / sum_b u_{y_b}. A
-row whose label is `ignore_index` has plain logits, takes no part in either sum and has the gradient 0. A row whose label
-is none of the classes is NaN.
+with the label smoothing e and the class weights u, which are 1 if not given. "mean" is sum_b loss_b / sum_b u_{y_b}.
+A row whose label is `ignore_index` has plain logits, takes no part in either sum and has the gradient 0. A row whose
+label is none of the classes is NaN.
 
 A margin turns theta = arccos(cos) into phi = m1 theta + m2 and has
 
     margin(cos) = cos(phi) - m3,   d margin / d cos = m1 sin(phi) / sin(theta)                                      (3)
 
-except, where phi > pi: cos(theta) - m2 sin(m2) - m3 with the slope 1 (ArcFace's fallback), or (-1)^k cos(phi) - 2 k - m3
-with k = floor(phi / pi) and (-1)^k times the slope (SphereFace). With `easy_margin` it is cos(theta) where that is not
-positive. At theta = 0 and theta = pi the slope is infinite while d cos(theta) / dx is zero, and what their product tends
-to depends on the direction. There sin(theta) counts as `least_sine`, so that the gradient is finite, and zero up to
-rounding.
+except, where phi > pi: cos(theta) - m2 sin(m2) - m3 with the slope 1 (ArcFace's fallback), or
+(-1)^k cos(phi) - 2 k - m3 with k = floor(phi / pi) and (-1)^k times the slope (SphereFace). With `easy_margin` it is
+cos(theta) where that is not positive. At theta = 0 and theta = pi the slope is infinite while d cos(theta) / dx is
+zero, and what their product tends to depends on the direction. There sin(theta) counts as `least_sine`, so that the
+gradient is finite, and zero up to rounding.
 
 >>> import torch
 >>> from otface_cuda import margins
@@ -139,7 +139,7 @@ class _Margin(torch.autograd.Function):
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x / |x| for each row, and 0 with the gradient 0 for a zero row. The largest entry goes first, as squares overflow."""
+    """x / |x| for each row, and 0 with the gradient 0 for a zero row. First by the largest entry: squares overflow."""
     largest = x.detach().abs().amax(1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)
     is_zero = largest == 0
     ratio = x / torch.where(is_zero, 1.0, largest)
