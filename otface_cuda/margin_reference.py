@@ -70,7 +70,7 @@ def cosine_margin_logits_reference(
     margined = margin_reference(cos.gather(1, target), margin, least_sine=least_sine)
     with_margin = (torch.arange(num_classes, device=x.device) == target) & (is_class & ~is_ignored)[:, None]
     logits = scale * torch.where(with_margin, margined, cos)
-    return torch.where((is_class | is_ignored)[:, None], logits, logits * math.nan)
+    return logits.masked_fill(~(is_class | is_ignored)[:, None], math.nan)
 
 
 def margin_softmax_loss_reference(
