@@ -1,5 +1,5 @@
-"""`torch.ops.otface.margin_*` keep torch's rules for operators, and the functions work under its transformations, without
-a (B, C) tensor where none is needed.
+"""`torch.ops.otface.margin_*` keep torch's rules for operators, and the functions work under its transformations,
+without a (B, C) tensor where none is needed.
 """
 
 from __future__ import annotations
