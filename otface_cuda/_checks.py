@@ -141,14 +141,14 @@ def checks_data(x: Tensor) -> bool:
 
 def class_labels(where: str, x: Any, like_name: str, like: Tensor) -> Tensor:
     """(B,) int64, one for each row of `like`."""
-    expected = f"an integer tensor of shape ({like.shape[0]},)"
-    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise wrong_type(where, "labels", expected, x)
+    fits = isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+    if not fits or x.shape != like.shape[:1]:
+        wrong = wrong_value if fits else wrong_type
+        raise wrong(where, "labels", f"an integer tensor of shape ({like.shape[0]},)", x)  # else B would be fixed
     check_dense(where, "labels", x)
-    if x.shape != like.shape[:1]:
-        raise wrong_value(where, "labels", expected, x)
     check_device(where, "labels", x, like_name, like)
-    return x.to(torch.int64).contiguous()
+    labels: Tensor = x.to(torch.int64).contiguous()
+    return labels
 
 
 def lengths(

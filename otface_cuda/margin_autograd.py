@@ -61,19 +61,19 @@ class CosineMarginLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, settings: LogitsSettings) -> Tensor:  # type: ignore[no-untyped-def]
         result, scaled_x, rows, inverse_norms = logits(x, weight, labels, settings)
-        ctx.settings, ctx.x_dtype = settings, x.dtype
-        ctx.save_for_backward(weight, scaled_x, rows, inverse_norms)
+        ctx.settings = settings
+        ctx.save_for_backward(x, weight, scaled_x, rows, inverse_norms)
         return result
 
     @staticmethod
     def backward(ctx, grad_logits: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         s, wanted = ctx.settings, ctx.needs_input_grad[:2]
-        weight, scaled_x, rows, inverse_norms = ctx.saved_tensors
+        x, weight, scaled_x, rows, inverse_norms = ctx.saved_tensors
         with torch.no_grad():
             grads = _ops.margin_logits_backward(
                 scaled_x, weight, rows, inverse_norms, grad_logits, s.scale, s.chunk_bytes, *wanted
             )
-        return *_finish(s.where, grads, wanted, ctx.x_dtype, (weight, scaled_x, grad_logits)), None, None
+        return *_finish(s.where, grads, wanted, (x, weight, grad_logits)), None, None
 
 
 class MarginSoftmaxLoss(torch.autograd.Function):
@@ -90,31 +90,27 @@ class MarginSoftmaxLoss(torch.autograd.Function):
         settings: LossSettings,
     ) -> Tensor:
         result, scaled_x, rows, inverse_norms, cosines = losses(x, weight, labels, class_weight, weight_sum, settings)
-        ctx.settings, ctx.x_dtype = settings, x.dtype
-        ctx.save_for_backward(weight, scaled_x, rows, inverse_norms, cosines, class_weight, weight_sum)
+        ctx.settings = settings
+        ctx.save_for_backward(x, weight, scaled_x, rows, inverse_norms, cosines, class_weight, weight_sum)
         return result
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         s, wanted = ctx.settings, ctx.needs_input_grad[:2]
-        weight, scaled_x, rows, inverse_norms, cosines, class_weight, weight_sum = ctx.saved_tensors
+        x, weight, scaled_x, rows, inverse_norms, cosines, class_weight, weight_sum = ctx.saved_tensors
         with torch.no_grad():
             grads = _ops.margin_softmax_backward(
                 scaled_x, weight, rows, inverse_norms, cosines, class_weight, weight_sum, grad_loss.contiguous(),
                 s.scale, s.label_smoothing, s.chunk_bytes, *wanted,
             )  # fmt: skip
-        return *_finish(s.where, grads, wanted, ctx.x_dtype, (weight, scaled_x, grad_loss)), None, None, None, None
+        return *_finish(s.where, grads, wanted, (x, weight, grad_loss)), None, None, None, None
 
 
 def _finish(
-    where: str,
-    grads: tuple[Tensor, Tensor],
-    wanted: tuple[bool, bool],
-    x_dtype: torch.dtype,
-    inputs: tuple[Tensor, ...],
+    where: str, grads: tuple[Tensor, Tensor], wanted: tuple[bool, bool], inputs: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor | None, ...]:
     grad_x, grad_weight = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
-    grad_x = None if grad_x is None else grad_x.to(x_dtype)
+    grad_x = None if grad_x is None else grad_x.to(inputs[0].dtype)
     return once_differentiable(where, (grad_x, grad_weight), inputs)
 
 

@@ -209,7 +209,7 @@ def _check_smoothing(where: str, label_smoothing: Any) -> float:
 
 def _check_class_weight(where: str, class_weight: Any, x: Tensor, weight: Tensor) -> Tensor:
     """(C,) in the dtype of the arithmetic."""
-    _checks.check_floating(where, "class_weight", class_weight, f"({weight.shape[0]},)", (1,))
+    _checks.check_floating(where, "class_weight", class_weight, "(C,)", (1,))
     if class_weight.shape != weight.shape[:1]:
         raise _checks.wrong_value(where, "class_weight", f"of shape ({weight.shape[0]},)", class_weight)
     _checks.check_device(where, "class_weight", class_weight, "x", x)
