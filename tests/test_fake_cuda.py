@@ -4,20 +4,18 @@ them, the results lie where they should, and on the way nothing asks for data, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import otface_cuda
 from otface_cuda import _checks, autograd, costs, pairs
 
+from .fake_cuda import WaitError, fake_tensors, ones, rand  # noqa: F401
 from .problems import DTYPES, output_dtype
 
 MODES = ["envelope", "unrolled", "implicit"]
@@ -26,44 +24,6 @@ B, N, M, D, FEATURES = 3, 4, 5, 2, 6
 
 every_mode = pytest.mark.parametrize("mode", MODES)
 every_metric = pytest.mark.parametrize("metric", METRICS)
-
-
-class WaitError(Exception):
-    """The host would wait for the GPU here, and a CUDA graph could not be captured."""
-
-
-class NoWaiting(TorchDispatchMode):
-    """Raises for what FakeTensorMode lets pass: copies between host and device, and masks, which are counted first."""
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if op.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
-            masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
-            if masks:
-                raise WaitError(f"{op} with a mask")
-        out = op(*args, **kwargs)
-        if op.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
-            devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
-            if len(devices) > 1:
-                raise WaitError(f"{op} between {devices}")
-        return out
-
-
-@pytest.fixture(autouse=True)
-def fake_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernels need not be there: only their shapes are asked for."""
-    monkeypatch.setattr(_checks, "HAS_CUDA_KERNELS", True)
-    monkeypatch.delenv("OTFACE_CHECK", raising=False)
-    with FakeTensorMode(), NoWaiting():
-        yield
-
-
-def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.rand(shape, dtype=dtype, device="cuda")
-
-
-def ones(*shape: int) -> Tensor:
-    return torch.ones(shape, dtype=torch.int64, device="cuda")
 
 
 def check_outputs(out: otface_cuda.SinkhornOutput, batch: tuple[int, ...], n: int, m: int, real: torch.dtype) -> None:
