@@ -46,7 +46,7 @@ def test_margin_functions(requires_grad: bool, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(half: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The products read the half type; parameters stay float32. (Without a GPU, torch does not enable autocast.)"""
+    """The products read the half type; parameters stay float32. Without a GPU, torch does not enable autocast."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: half)
     x, weight = rand(B, D, dtype=half), rand(C, D)
