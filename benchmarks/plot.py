@@ -104,7 +104,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def shown(result: dict[str, Any]) -> list[dict[str, Any]]:
     """All rows; of the margin loss, for which they are many, those with the largest embeddings."""
     rows = result["rows"]
-    if result["benchmark"] == "margin" and rows:
+    if result.get("benchmark") == "margin" and rows:
         largest = max(row["dimension"] for row in rows)
         return [row for row in rows if row["dimension"] == largest]
     return rows

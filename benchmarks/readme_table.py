@@ -32,7 +32,7 @@ def fill(text: str, root: Path = ROOT) -> str:
 
 def render(result: dict[str, Any]) -> str:
     """A Markdown table, one line per row of the benchmark, and a line that says where and how it was measured."""
-    return (render_margin if result["benchmark"] == "margin" else render_sinkhorn)(result)
+    return (render_margin if result.get("benchmark") == "margin" else render_sinkhorn)(result)
 
 
 def render_sinkhorn(result: dict[str, Any]) -> str:
