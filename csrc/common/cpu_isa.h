@@ -20,4 +20,17 @@ Isa cpu_isa();
 // A string and not an exception, because it is asked for while the library loads; the Python import raises it.
 const char* cpu_isa_error();
 
+#if defined(__x86_64__)
+// Of a family's tables of kernels, the one for the instruction set in use.
+template <class Table>
+const Table& for_this_cpu(const Table& baseline, const Table& avx2, const Table& avx512) {
+  switch (cpu_isa()) {
+    case Isa::avx512: return avx512;
+    case Isa::avx2: return avx2;
+    case Isa::baseline: break;
+  }
+  return baseline;
+}
+#endif
+
 }  // namespace otface

@@ -2,7 +2,7 @@
 //
 // Written with the vector types of GCC and Clang, not with intrinsics: the width is the only difference between the
 // instruction sets. Everything lives in an anonymous namespace, so that code compiled for AVX-512 can never be picked
-// by the linker for a machine without it. Include standard headers before the target pragma (see cpu_avx512.cpp).
+// by the linker for a machine without it. Include standard headers before the target pragma (see begin_avx512.h).
 #pragma once
 
 #ifndef OTFACE_VEC_BYTES

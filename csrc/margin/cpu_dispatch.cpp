@@ -7,13 +7,10 @@ namespace {
 
 const CpuKernels& kernels() {
 #if defined(__x86_64__)
-  switch (cpu_isa()) {
-    case Isa::avx512: return cpu_kernels_avx512;
-    case Isa::avx2: return cpu_kernels_avx2;
-    case Isa::baseline: break;
-  }
-#endif
+  return for_this_cpu(cpu_kernels_baseline, cpu_kernels_avx2, cpu_kernels_avx512);
+#else
   return cpu_kernels_baseline;
+#endif
 }
 
 }  // namespace
