@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include "common/begin_avx512.h"
 #define OTFACE_CPU_TABLE cpu_kernels_avx512
-#include "common/end_target.h"
 #include "sinkhorn/cpu_kernels.h"
+#undef OTFACE_CPU_TABLE
+#include "common/end_target.h"
 #endif
