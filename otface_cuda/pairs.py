@@ -168,7 +168,7 @@ class Distinct(NamedTuple):
     valid: Tensor  # (U,) False where an index was out of range
     listed: Tensor | None  # (U,) the first place in the list where the pair stands; None: U = K, each in its place
     which: Tensor | None  # (K,) into the U
-    ordered: bool  # by first, then by second
+    ascending: bool  # by first, then by second, no pair twice, and all of them valid
 
     def places(self, rows: slice) -> slice | Tensor:
         """Where these of the different pairs stand in the list."""
@@ -187,9 +187,8 @@ def _distinct(pairs: Tensor, eps: Tensor, tol: Tensor, points: int, own_weights:
         pairs = pairs[listed]
     first, second = pairs.unbind(1)
     valid = (first >= 0) & (first < points) & (second >= 0) & (second < points)
-    return Distinct(
-        torch.where(valid, first, 0), torch.where(valid, second, 0), valid, listed, which, listed is not None
-    )
+    ascending = listed is not None and bool(valid.all() and (pairs[1:] != pairs[:-1]).any(1).all())
+    return Distinct(torch.where(valid, first, 0), torch.where(valid, second, 0), valid, listed, which, ascending)
 
 
 class _Chunk(NamedTuple):
@@ -247,8 +246,9 @@ def _stretches(features: Tensor, distinct: Distinct, s: PairSettings) -> Iterato
     per_pair = (4 * p**2 + history) * features.element_size()
     images = min(BLOCK_ROWS // p, s.chunk_bytes // (N * per_pair))
     ends = [0, count]
-    blocks = features.device.type == "cpu" and s.metric == "cosine" and distinct.ordered and images > 0
-    if blocks:
+    blocks = features.device.type == "cpu" and s.metric == "cosine" and distinct.ascending and images > 0
+    # A product of a block would carry NaN to the gradients of sets that are not paired with the one that has it.
+    if blocks and (blocks := bool(features.sum().isfinite())):
         ends = torch.searchsorted(distinct.first, torch.arange(0, N + images, images)).tolist()
     for begin, end in itertools.pairwise(ends):
         if blocks and begin < end:
