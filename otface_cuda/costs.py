@@ -31,7 +31,7 @@ def cost_of_prepared(x: Tensor, y: Tensor, metric: str) -> Tensor:
     """(B, n, d), (B, m, d) -> (B, n, m): 1 - cos, |x - y|^2 or |x - y|; not differentiated by autograd."""
     with torch.autocast(x.device.type, enabled=False):
         if metric == "cosine":
-            return torch.matmul(x, y.mT).neg_().add_(1)
+            return torch.baddbmm(x.new_ones(()), x, y.mT, alpha=-1)
         x, y = _centred(x, y)
         # |x - y|^2 = |x|^2 + |y|^2 - 2 <x, y>
         squares = x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None, :]
@@ -43,7 +43,11 @@ def cost_backward(grad: Tensor, cost: Tensor, x: Tensor, y: Tensor, metric: str)
     """The gradients of x and y from that of the cost."""
     with torch.autocast(x.device.type, enabled=False):
         if metric == "cosine":
-            return torch.matmul(grad, y).neg_(), torch.matmul(grad.mT, x).neg_()
+            nothing = x.new_zeros(())
+            return (
+                torch.baddbmm(nothing, grad, y, beta=0, alpha=-1),
+                torch.baddbmm(nothing, grad.mT, x, beta=0, alpha=-1),
+            )
         if metric == "euclidean":  # d|x - y| = d|x - y|^2 / (2 |x - y|), and 0 where the points coincide
             grad = torch.where(cost > 0, grad / (2 * torch.where(cost > 0, cost, 1.0)), 0.0)
         x, y = _centred(x, y)

@@ -169,7 +169,7 @@ def _distinct(pairs: _Pairs, rows: Tensor | slice, wanted: Tensor | None = None)
     """These of the pairs as `sinkhorn_pairs` takes them; those not `wanted` are left unsolved."""
     first, second = pairs.listed[rows].unbind(1)
     valid = first >= 0 if wanted is None else (first >= 0) & wanted
-    return Distinct(first.clamp(min=0), second.clamp(min=0), valid, None, None, ascending=True)
+    return Distinct(first.clamp(min=0), second.clamp(min=0), valid, None, None, ordered=True)
 
 
 def _numbers(eps: float, count: int, like: Tensor) -> tuple[Tensor, Tensor]:

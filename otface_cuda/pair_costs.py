@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -26,53 +26,51 @@ class GatheredCosts:
         _add_rows(grad_features, self.second, grad_y)
 
 
-class Block(NamedTuple):
-    """Pairs (i, j) with row_begin <= i < row_end and col_begin <= j < col_end."""
+class RowCosts:
+    """Cosine costs of pairs in the order of their first sets, with one product for each of these and all its partners.
 
-    row_begin: int
-    row_end: int
-    col_begin: int
-    col_end: int
-
-    @property
-    def pairs(self) -> int:
-        return (self.row_end - self.row_begin) * (self.col_end - self.col_begin)
-
-
-class BlockCosts:
-    """Cosine costs from one matrix product for all pairs of a block, listed or not.
-
-    A point set is 49 x 512, say: too small for a product of two of them to be fast, and copying the sets takes longer
-    than multiplying them. The product of a block reads every set where it is.
+    A point set is 49 x 512, say: too small for a product of two of them to be fast, and copying sets takes time too. So
+    only the partners are copied, next to one another, and what they give to the gradient of their set is added up
+    within the product.
     """
 
-    def __init__(self, features: Tensor, first: Tensor, second: Tensor, block: Block) -> None:
-        self.features, self.block = features, block
-        self.pairs = first - block.row_begin, second - block.col_begin
+    def __init__(self, features: Tensor, first: Tensor, second: Tensor) -> None:
+        self.features, self.first, self.second = features, first, second
 
     def cost(self) -> Tensor:
+        points = self.features.shape[1]
+        cost = self.features.new_empty(len(self.first), points, points)
+        one = self.features.new_ones(())
         with torch.autocast(self.features.device.type, enabled=False):
-            products = self._rows(self.features) @ self._cols(self.features).T
-        return self._by_pair(products)[self.pairs].neg_().add_(1)
+            for i, rows in _runs(self.first):
+                one_less_products = torch.addmm(
+                    one, self.features[i], self._side_by_side(self.second[rows]).T, alpha=-1
+                )
+                cost[rows] = one_less_products.view(points, -1, points).transpose(0, 1)
+        return cost
 
     def add_gradient(self, grad_features: Tensor, grad_cost: Tensor, cost: Tensor) -> None:
-        points, b = self.features.shape[1], self.block
-        grad_products = grad_cost.new_zeros((b.row_end - b.row_begin) * points, (b.col_end - b.col_begin) * points)
-        self._by_pair(grad_products)[self.pairs] = grad_cost
+        order = self.second.argsort(stable=True)
         with torch.autocast(self.features.device.type, enabled=False):
-            self._rows(grad_features).addmm_(grad_products, self._cols(self.features), alpha=-1)
-            self._cols(grad_features).addmm_(grad_products.T, self._rows(self.features), alpha=-1)
+            for i, rows in _runs(self.first):
+                grad = grad_cost[rows].transpose(0, 1).flatten(1)
+                grad_features[i].addmm_(grad, self._side_by_side(self.second[rows]), alpha=-1)
+            for j, run in _runs(self.second[order]):
+                rows_of_j = order[run]
+                grad = grad_cost[rows_of_j].flatten(0, 1).T
+                grad_features[j].addmm_(grad, self._side_by_side(self.first[rows_of_j]), alpha=-1)
 
-    def _rows(self, features: Tensor) -> Tensor:
-        return features[self.block.row_begin : self.block.row_end].flatten(0, 1)
+    def _side_by_side(self, partners: Tensor) -> Tensor:
+        return self.features.index_select(0, partners).flatten(0, 1)
 
-    def _cols(self, features: Tensor) -> Tensor:
-        return features[self.block.col_begin : self.block.col_end].flatten(0, 1)
 
-    def _by_pair(self, products: Tensor) -> Tensor:
-        """From (rows * points, cols * points) to (rows, cols, points, points)."""
-        points, b = self.features.shape[1], self.block
-        return products.view(b.row_end - b.row_begin, points, -1, points).transpose(1, 2)
+def _runs(sorted_indices: Tensor) -> Iterator[tuple[int, slice]]:
+    """Each different index, and where it stands."""
+    indices, counts = sorted_indices.unique_consecutive(return_counts=True)
+    begin = 0
+    for index, count in zip(indices.tolist(), counts.tolist(), strict=True):
+        yield index, slice(begin, begin + count)
+        begin += count
 
 
 def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:

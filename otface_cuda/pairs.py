@@ -7,7 +7,6 @@ is solved there, also one that is listed twice.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,12 +16,10 @@ from torch import Tensor
 from . import _checks, autograd
 from .costs import METRICS, prepare_points
 from .functional import SinkhornOutput
-from .pair_costs import Block, BlockCosts, GatheredCosts
+from .pair_costs import GatheredCosts, RowCosts
 
 # A chunk should stay in a processor's cache, but give a GPU thousands of small problems at a time.
 DEFAULT_CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
-# On the CPU: so many points make a block of rows, and so much of a block has to be listed.
-BLOCK_ROWS, LEAST_FILLED = 400, 0.35
 # Both point sets of a pair and their gradients; for the distances also centred copies and the two products of each.
 COPIES_OF_POINTS = {"cosine": 4, "sqeuclidean": 8, "euclidean": 8}
 
@@ -57,9 +54,10 @@ def sinkhorn_pairs(
         metric: as in :func:`otface_cuda.sinkhorn_points`.
         max_iter, tol, check_every, grad: as in :func:`otface_cuda.sinkhorn`.
         chunk_bytes: working memory at most, forward and backward, beyond arguments, results and the gradient of
-            ``features``: 4 p (4 d + 2 p) bytes a pair in float32 (8 d for the two distances), and 8 p max_iter more
-            for ``grad="unrolled"``. At least one pair is done at a time. ``None``: 32 MiB on the CPU, 512 MiB on CUDA.
-            The solver's and the matrix products' own working memory comes on top.
+            ``features``: 4 p (4 d + 2 p) bytes a pair in float32 (8 d for the two distances; for the cosine on the CPU
+            4 p (d + 4 p)), and 8 p max_iter more for ``grad="unrolled"``. At least one pair is done at a time.
+            ``None``: 32 MiB on the CPU, 512 MiB on CUDA. The solver's and the matrix products' own working memory comes
+            on top.
 
     Returns:
         :class:`otface_cuda.SinkhornOutput` over the K pairs; ``plan`` is None. Gradients reach ``features``, a and b,
@@ -168,7 +166,7 @@ class Distinct(NamedTuple):
     valid: Tensor  # (U,) False where an index was out of range
     listed: Tensor | None  # (U,) the first place in the list where the pair stands; None: U = K, each in its place
     which: Tensor | None  # (K,) into the U
-    ascending: bool  # by first, then by second, no pair twice, and all of them valid
+    ordered: bool  # by first
 
     def places(self, rows: slice) -> slice | Tensor:
         """Where these of the different pairs stand in the list."""
@@ -187,13 +185,14 @@ def _distinct(pairs: Tensor, eps: Tensor, tol: Tensor, points: int, own_weights:
         pairs = pairs[listed]
     first, second = pairs.unbind(1)
     valid = (first >= 0) & (first < points) & (second >= 0) & (second < points)
-    ascending = listed is not None and bool(valid.all() and (pairs[1:] != pairs[:-1]).any(1).all())
-    return Distinct(torch.where(valid, first, 0), torch.where(valid, second, 0), valid, listed, which, ascending)
+    # One that is not valid becomes another one, without leaving the order.
+    last = max(0, points - 1)
+    return Distinct(first.clamp(0, last), second.clamp(0, last), valid, listed, which, ordered=listed is not None)
 
 
 class _Chunk(NamedTuple):
     rows: slice  # of the distinct pairs
-    costs: GatheredCosts | BlockCosts
+    costs: GatheredCosts | RowCosts
     cost: Tensor  # (k, p, p)
     problems: autograd.Problems
 
@@ -222,43 +221,22 @@ def _chunks(
     count = distinct.first.shape[0]
     # An index out of range is solved as some other pair with eps NaN: its results are NaN, nothing is out of bounds.
     eps = torch.where(distinct.valid, eps[distinct.places(slice(count))], torch.nan)
-    for rows, block in _stretches(features, distinct, s):
-        costs: GatheredCosts | BlockCosts
-        if block is None:
-            costs = GatheredCosts(features, distinct.first[rows], distinct.second[rows], s.metric)
-        else:
-            costs = BlockCosts(features, distinct.first[rows], distinct.second[rows], block)
+    _, p, d = features.shape
+    by_row = features.device.type == "cpu" and s.metric == "cosine" and distinct.ordered
+    # By row: the second set, the products, the costs, and the gradients of both; see COPIES_OF_POINTS for the others.
+    per_pair = p * (d + 4 * p) if by_row else p * (COPIES_OF_POINTS[s.metric] * d + 2 * p)
+    history = 2 * p * s.max_iter if s.grad == "unrolled" else 0
+    size = max(1, s.chunk_bytes // ((per_pair + history) * features.element_size()))
+    for begin in range(0, count, size):
+        rows = slice(begin, min(begin + size, count))
+        first, second = distinct.first[rows], distinct.second[rows]
+        costs = RowCosts(features, first, second) if by_row else GatheredCosts(features, first, second, s.metric)
         cost = costs.cost() if kept is None else kept[rows]
         # Where a weight is each pair's own, no two pairs are one problem.
         weights_a, weights_b = (
             None if w is None else w.expand(len(cost), -1) if w.shape[0] == 1 else w[rows] for w in (a, b)
         )
         yield _Chunk(rows, costs, cost, autograd.Problems(cost, eps[rows], weights_a, weights_b, None, None))
-
-
-def _stretches(features: Tensor, distinct: Distinct, s: PairSettings) -> Iterator[tuple[slice, Block | None]]:
-    """The pairs in stretches, each with the block of the table of all pairs that is worth being computed whole."""
-    N, p, d = features.shape
-    count, history = distinct.first.shape[0], 2 * p * s.max_iter if s.grad == "unrolled" else 0
-    per_pair = (p * (COPIES_OF_POINTS[s.metric] * d + 2 * p) + history) * features.element_size()
-    size = max(1, s.chunk_bytes // per_pair)
-    # In a block: its products, the costs, and the gradients of both.
-    per_pair = (4 * p**2 + history) * features.element_size()
-    images = min(BLOCK_ROWS // p, s.chunk_bytes // (N * per_pair))
-    ends = [0, count]
-    blocks = features.device.type == "cpu" and s.metric == "cosine" and distinct.ascending and images > 0
-    # A product of a block would carry NaN to the gradients of sets that are not paired with the one that has it.
-    if blocks and (blocks := bool(features.sum().isfinite())):
-        ends = torch.searchsorted(distinct.first, torch.arange(0, N + images, images)).tolist()
-    for begin, end in itertools.pairwise(ends):
-        if blocks and begin < end:
-            first, second = distinct.first[begin:end], distinct.second[begin:end]
-            block = Block(int(first[0]), int(first[-1]) + 1, int(second.min()), int(second.max()) + 1)
-            if end - begin >= LEAST_FILLED * block.pairs:
-                yield slice(begin, end), block
-                continue
-        for part in range(begin, end, size):
-            yield slice(part, min(part + size, end)), None
 
 
 def solve_pairs(
@@ -309,8 +287,8 @@ def differentiate_pairs(
         parts = autograd.OutputGradients(*(None if x is None else x[chunk.rows] for x in incoming))
         grads = autograd.gradients(chunk.problems, solution, s.grad, parts, wanted)
         if grads[0] is not None and grad_features is not None:
-            grad_cost = torch.where(distinct.valid[chunk.rows, None, None], grads[0], 0.0)
-            chunk.costs.add_gradient(grad_features, grad_cost, chunk.cost)
+            grads[0].masked_fill_(~distinct.valid[chunk.rows, None, None], 0.0)
+            chunk.costs.add_gradient(grad_features, grads[0], chunk.cost)
         for out, part in zip(grad_weights, grads[1:], strict=True):
             if part is not None:
                 out[places] = part
