@@ -79,13 +79,19 @@ def _all_hard(unit: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tenso
 
 @torch.library.custom_op("otface::hardest_triplets", mutates_args=())
 def _hardest(unit: Tensor, labels: Tensor, alpha: float, most: int) -> Tensor:
-    result = torch.full((most, 3), -1, dtype=torch.int64, device=unit.device)
     if unit.device.type == "cpu":
         triplets, hardness = _all_hard(unit, labels, alpha)
         order = hardness.argsort(descending=True, stable=True)[:most]
-        result[: len(order)] = triplets[order]
-        return result
-    # Without a list whose length the host would have to know: every (anchor, any, any), some anchors at a time.
+        return torch.nn.functional.pad(triplets[order], (0, 0, 0, most - len(order)), value=-1)
+    return hardest_without_counting(unit, labels, alpha, most)
+
+
+def hardest_without_counting(unit: Tensor, labels: Tensor, alpha: float, most: int) -> Tensor:
+    """The same without a list whose length the host would have to know; equally hard ones may come in any order.
+
+    It looks at every (anchor, any, any), some anchors at a time.
+    """
+    result = torch.full((most, 3), -1, dtype=torch.int64, device=unit.device)
     N = len(labels)
     if N == 0:
         return result
