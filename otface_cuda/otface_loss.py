@@ -91,7 +91,13 @@ class OTFaceLoss(MarginHead):
 
     def forward(self, embeddings: Tensor, feature_map: Tensor, labels: Tensor) -> OTFaceOutput:
         s = self.settings
-        if not isinstance(feature_map, Tensor) or feature_map.shape[:1] != embeddings.shape[:1]:
+        if not isinstance(embeddings, Tensor):
+            raise _checks.wrong_type("OTFaceLoss", "embeddings", "a tensor of shape (N, d)", embeddings)
+        if not isinstance(feature_map, Tensor):
+            raise _checks.wrong_type(
+                "OTFaceLoss", "feature_map", "a tensor of shape (N, C, H, W) or (N, P, D)", feature_map
+            )
+        if feature_map.shape[:1] != embeddings.shape[:1]:
             expected = f"a tensor of {embeddings.shape[0]} feature maps to go with `embeddings`"
             raise _checks.wrong_value("OTFaceLoss", "feature_map", expected, feature_map)
         margin_loss = margin_softmax_loss(embeddings, self.weight, labels, margin=s["margin"], scale=s["scale"])
