@@ -82,7 +82,7 @@ def check_int(where: str, name: str, x: Any, least: int) -> int:
 def check_finite(where: str, name: str, x: Any) -> float:
     if isinstance(x, bool) or not isinstance(x, (Real, torch.SymFloat, torch.SymInt)):
         raise wrong_type(where, name, "a float", x)
-    if not -math.inf < x < math.inf:  # torch.compile can trace this, where a number is a symbol to it
+    if not abs(x) < math.inf:  # torch.compile can trace this, where a number is a symbol to it
         raise wrong_value(where, name, "finite", x)
     return float(x)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import otface_cuda
-from otface_cuda import _checks, autograd, costs, pairs
+from otface_cuda import _checks, autograd, costs, mining, ot_triplet, pairs
 
 from .fake_cuda import WaitError, fake_tensors, ones, rand  # noqa: F401
 from .problems import DTYPES, output_dtype
@@ -173,6 +173,40 @@ def test_fakes_of_the_pairs(name: str) -> None:
         arguments = (*arguments, potentials, results[5], *results[:4], True, True, True)
     for x, y in zip(body(*arguments), getattr(torch.ops.otface, name)(*arguments), strict=True):
         assert (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 2**20])
+@pytest.mark.parametrize("chunk_bytes", [1, 2**30])
+@every_metric
+def test_triplets(metric: str, chunk_bytes: int, kept_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many pairs are solved as there can be, and the bodies give what tracing is told."""
+    monkeypatch.setattr(ot_triplet, "KEPT_BYTES", kept_bytes)
+    points, triplets, settings = rand(FEATURES, N, D), ones(9, 3), (0.5, 3)
+    arguments = (points, triplets, *settings, 0.1, metric, chunk_bytes, True)
+    out = ot_triplet._forward._init_fn(*arguments)
+    *_, hinge, kept = out
+    told = torch.ops.otface.ot_triplet_forward(*arguments)
+    arguments = (points, triplets, hinge, kept, rand(), *settings, metric, chunk_bytes)
+    out = (*out, ot_triplet._backward._init_fn(*arguments))
+    told = (*told, torch.ops.otface.ot_triplet_backward(*arguments))
+    for x, y in zip(out, told, strict=True):
+        assert (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
+
+
+def test_mining_with_a_fixed_number() -> None:
+    found = mining._hardest._init_fn(rand(FEATURES, D), ones(FEATURES), 0.1, 20)
+    assert (found.shape, found.dtype, found.device) == ((20, 3), torch.int64, torch.device("cuda:0"))
+
+
+def test_the_whole_loss() -> None:
+    """Nothing waits with `max_triplets`; without it the number of hard triplets is asked for."""
+    data = rand(FEATURES, D), rand(FEATURES, 8, 2, 2).requires_grad_(), ones(FEATURES)
+    loss = otface_cuda.OTFaceLoss(5, D, max_triplets=20, device="cuda")
+    out = loss(*data)
+    assert [x.shape for x in out] == [()] * 5
+    assert out.loss.requires_grad
+    with pytest.raises(Exception, match="nonzero"):
+        otface_cuda.OTFaceLoss(5, D, device="cuda")(*data)
 
 
 @pytest.mark.parametrize("function", ["sinkhorn", "sinkhorn_points", "sinkhorn_pairs"])
