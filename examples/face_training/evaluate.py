@@ -105,7 +105,7 @@ class Roc:
 
     impostors: int
     genuine: int
-    tar: dict[float, float]  # at each FAR that so many impostors can measure
+    tar: dict[str, float]  # at each of FARS that so many impostors can measure
     curve: list[list[float]] = field(default_factory=list)  # [FAR, TAR], FAR evenly spaced on a logarithmic axis
 
 
@@ -142,7 +142,7 @@ def roc_of_counts(counts: Tensor) -> Roc:
     curve = [
         [far, tar_at(far)] for far in torch.logspace(max(-5, torch.tensor(lowest).log10().item()), 0, ROC_POINTS).tolist()
     ]
-    return Roc(impostors, genuine, {far: tar_at(far) for far in FARS if far >= lowest}, curve)
+    return Roc(impostors, genuine, {f"{far:g}": tar_at(far) for far in FARS if far >= lowest}, curve)
 
 
 # ---- together ----
