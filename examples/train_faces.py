@@ -4,8 +4,8 @@ python examples/train_faces.py --faces lfw112.tar --pairs lfw_pairs.txt --test-f
 torchrun --nproc-per-node 8 examples/train_faces.py --faces casia --amp bf16 --run runs/casia \
     --test-faces lfw112.tar --pairs lfw_pairs.txt
 
-FACES is a folder of one folder per person with aligned faces, or an uncompressed tar of one. PAIRS lists pairs of images
-by folds, in the format of LFW. Nobody whom a pair of the test folds names is trained on.
+FACES is a folder of one folder per person with aligned faces, or an uncompressed tar of one. PAIRS lists pairs of
+images by folds, in the format of LFW. Nobody whom a pair of the test folds names is trained on.
 
 The run's folder gets log.csv, checkpoint.pt and results.json. The same command goes on after a kill, with the batches
 that would have come; of a finished run it repeats the evaluation alone. Needs pillow and tqdm.
@@ -20,7 +20,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from face_training.data import FacesError, Images, Pair, TrainingSet, open_tree, people_of, read_pairs, training_set
 from face_training.evaluate import evaluate
 from face_training.model import STRIDES
-from face_training.training import AMP, LOSSES, Process, Settings, train
+from face_training.training import AMP, LOSSES, Process, Settings, setting_types, train
 
 MIN_IMAGES = 2
 
@@ -73,8 +72,10 @@ def load_faces(
         names = [name for person in sorted(people_of(pairs)) for name in test_tree.people[person]]
         test = Images(test_tree, names, size, in_memory)
     if not quiet:
-        skipped = "".join(f", {count} {what}" for what, count in training.skipped.items() if count)
-        print(f"training: {len(training.images.names)} images of {len(training.people)} people; left out{skipped or ' none'}")
+        skipped = ", ".join(f"{count} {what}" for what, count in training.skipped.items() if count)
+        print(f"training: {len(training.images.names)} images of {len(training.people)} people")
+        if skipped:
+            print(f"left out: {skipped}")
         if test is not None:
             bad = f", {len(test.bad)} unreadable" if test.bad else ""
             print(f"test: {len(test.names)} images of {len(people_of(pairs))} people{bad}, {len(pairs)} pairs")
@@ -99,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rerank-iterations", type=int, default=20)
     choices = {"loss": tuple(LOSSES), "stride": STRIDES, "amp": tuple(AMP)}
     helps = {
-        "margin": "that of the loss: 0.45 for ArcFace, 0.35 for CosFace",
+        "margin": "0.45 for ArcFace, 0.35 for CosFace",
         "people": "people in a batch of a process",
         "images": "images of each person in it",
         "warmup": "part of the run in which the learning rate rises and the margin comes in",
@@ -107,11 +108,12 @@ def parser() -> argparse.ArgumentParser:
         "n_iter": "iterations of the transport in the loss",
     }
     group = p.add_argument_group("settings of the run")
+    kinds = setting_types()
     for field in fields(Settings):
-        kind = float if field.default is None else type(field.default)
-        text = f"{helps.get(field.name, '')} (default: {field.default})" if field.default is not None else helps[field.name]
-        flag = "--" + field.name.replace("_", "-")
-        group.add_argument(flag, type=kind, default=field.default, choices=choices.get(field.name), help=text)  # type: ignore[arg-type]
+        name = field.name
+        text = f"{helps.get(name, '')} (default: {'by loss' if field.default is None else field.default})".strip()
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, type=kinds[name], default=field.default, choices=choices.get(name), help=text)
     return p
 
 

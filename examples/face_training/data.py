@@ -177,7 +177,7 @@ class Images:
         self.memory: Tensor | None = None
         if in_memory or (in_memory is None and needed < free // 2):
             memory = torch.empty(len(names), 3, size, size, dtype=torch.uint8)
-            good = []
+            good: list[str] = []
             decoded = self.pool.map(self._try, self.names)
             for name, image in tqdm(zip(self.names, decoded, strict=True), "decoding", len(names), leave=False):
                 if image is not None:
@@ -294,7 +294,10 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     mirror = draw(-1, 1).sign()
     angle, zoom = draw(-0.15, 0.15), draw(0.88, 1.08)
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
-    rows = [torch.stack([cos * mirror, -sin, draw(-0.08, 0.08)], 1), torch.stack([sin * mirror, cos, draw(-0.08, 0.08)], 1)]
+    rows = [
+        torch.stack([cos * mirror, -sin, draw(-0.08, 0.08)], 1),
+        torch.stack([sin * mirror, cos, draw(-0.08, 0.08)], 1),
+    ]
     grid = torch.nn.functional.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
     images = torch.nn.functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 

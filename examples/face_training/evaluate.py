@@ -34,7 +34,9 @@ class Embedded:
 def embed(model: nn.Module, images: Images, with_maps: set[str], device: torch.device, batch: int = 256) -> Embedded:
     """The sum of the embeddings of an image and of its mirror image, scaled to length 1. Maps are of the image."""
     model.eval()
-    names, found, maps, maps_of = [], [], [], {}
+    names: list[str] = []
+    maps_of: dict[str, int] = {}
+    found, maps = [], []
     for some in tqdm(torch.arange(len(images.names)).split(batch), "embedding", leave=False):
         pixels, good = images.batch(some)
         floats = to_float(pixels.to(device))
@@ -140,7 +142,8 @@ def roc_of_counts(counts: Tensor) -> Roc:
 
     lowest = 1 / max(impostors, 1)
     curve = [
-        [far, tar_at(far)] for far in torch.logspace(max(-5, torch.tensor(lowest).log10().item()), 0, ROC_POINTS).tolist()
+        [far, tar_at(far)]
+        for far in torch.logspace(max(-5, torch.tensor(lowest).log10().item()), 0, ROC_POINTS).tolist()
     ]
     return Roc(impostors, genuine, {f"{far:g}": tar_at(far) for far in FARS if far >= lowest}, curve)
 

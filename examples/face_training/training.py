@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,11 @@ class Settings:
     seed: int = 0
 
 
+def setting_types() -> dict[str, Callable[[str], Any]]:
+    """What makes a setting of the text that a user gives."""
+    return {f.name: float if f.default is None else type(f.default) for f in fields(Settings)}
+
+
 class Model(nn.Module):
     """Network and loss in one module, as DistributedDataParallel needs it."""
 
@@ -105,7 +110,7 @@ def backbone_of(settings: Settings) -> Mobile:
 
 
 def progress(step: int, steps: int, warmup: float) -> tuple[float, float]:
-    """The parts of the learning rate and of the margin at a step: both rise linearly, then the rate falls as a cosine."""
+    """The parts of learning rate and margin at a step: both rise linearly, then the rate falls as a cosine."""
     rising = max(1.0, warmup * steps)
     part = min(1.0, (step + 1) / rising)
     falling = max(0.0, (step - rising) / max(1.0, steps - rising))
@@ -130,9 +135,13 @@ def load(path: Path, settings: Settings, people: list[str]) -> dict[str, Any] | 
         return None
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     now = json.loads(json.dumps(asdict(settings)))
-    other = [f"{name} {old!r}, now {now.get(name)!r}" for name, old in state["settings"].items() if now.get(name) != old]
+    other = [
+        f"{name} {old!r}, now {now.get(name)!r}" for name, old in state["settings"].items() if now.get(name) != old
+    ]
     if other:
-        raise FacesError(f"{path.parent} holds a run with other settings ({'; '.join(other)}); give --run another folder")
+        raise FacesError(
+            f"{path.parent} holds a run with other settings ({'; '.join(other)}); give --run another folder"
+        )
     if state["people"] != people:
         raise FacesError(f"{path.parent} holds a run on other people; give --run another folder")
     return state
@@ -200,8 +209,9 @@ def train(
     model = Model(settings, len(data.people)).to(device)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others}]
     optimizer = torch.optim.SGD(
-        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others}],
+        groups,
         lr=settings.lr,
         momentum=0.9,
         nesterov=True,
