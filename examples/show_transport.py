@@ -21,9 +21,8 @@ from torch import Tensor
 
 import otface_cuda
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-sys.path.insert(0, str(HERE.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import faces as descriptors
 from face_training.data import FacesError, Images, Tree, open_tree, to_float
