@@ -1,7 +1,7 @@
 """Train a face recognition network with ArcFace, CosFace or the OTFace loss on top of either, and evaluate it.
 
-python examples/train_faces.py --faces lfw112.tar --pairs lfw_pairs.txt --test-folds 7 8 --run runs/otface
-torchrun --nproc-per-node 8 examples/train_faces.py --faces casia --amp bf16 --run runs/casia \
+python examples/train_faces.py --faces lfw112.tar --pairs lfw_pairs.txt --test-folds 7 8 --out runs/otface
+torchrun --nproc-per-node 8 examples/train_faces.py --faces casia --amp bf16 --out runs/casia \
     --test-faces lfw112.tar --pairs lfw_pairs.txt
 
 FACES is a folder of one folder per person with aligned faces, or an uncompressed tar of one. PAIRS lists pairs of
@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--pairs", type=Path, help="pairs for verification; without them there is no evaluation")
     p.add_argument("--test-folds", type=int, nargs="+", default=[], help="folds of the pairs to test on (default: all)")
     p.add_argument("--test-faces", type=Path, help="folder or tar with the images of the pairs (default: --faces)")
-    p.add_argument("--run", type=Path, required=True, help="folder for log, checkpoint and results")
+    p.add_argument("--out", type=Path, required=True, help="folder for log, checkpoint and results")
     p.add_argument("--min-images", type=int, default=MIN_IMAGES, help="people with fewer are left out")
     p.add_argument("--in-memory", choices=("auto", "yes", "no"), default="auto", help="keep all images, decoded")
     p.add_argument("--log-every", type=int, default=10, help="steps")
@@ -155,11 +155,11 @@ def main(argv: list[str] | None = None) -> int:
             in_memory=in_memory,
             quiet=quiet,
         )
-        args.run.mkdir(parents=True, exist_ok=True)
+        args.out.mkdir(parents=True, exist_ok=True)
         model = train(
             settings,
             faces.training,
-            args.run,
+            args.out,
             process,
             log_every=args.log_every,
             checkpoint_every=args.checkpoint_every,
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
                 args.rerank_eps,
                 args.rerank_iterations,
             )
-            (args.run / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+            (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
             print(summary(results))
     except FacesError as error:
         print(f"train_faces: {error}", file=sys.stderr)

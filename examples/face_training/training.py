@@ -140,10 +140,10 @@ def load(path: Path, settings: Settings, people: list[str]) -> dict[str, Any] | 
     ]
     if other:
         raise FacesError(
-            f"{path.parent} holds a run with other settings ({'; '.join(other)}); give --run another folder"
+            f"{path.parent} holds a run with other settings ({'; '.join(other)}); give --out another folder"
         )
     if state["people"] != people:
-        raise FacesError(f"{path.parent} holds a run on other people; give --run another folder")
+        raise FacesError(f"{path.parent} holds a run on other people; give --out another folder")
     return state
 
 
@@ -223,14 +223,15 @@ def train(
 
     path = run / "checkpoint.pt"
     state = load(path, settings, data.people)
-    first = 0
+    first = logged = 0
+    sums = torch.zeros(len(COUNTS), device=device, dtype=torch.float64)  # since the last line of the log
     if state is not None:
         if state["world"] != process.world:
             raise FacesError(f"{run} holds a run of {state['world']} processes, now {process.world}")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        first = state["step"]
+        first, logged, sums = state["step"], state["logged"], state["sums"].to(device)
     stepped: nn.Module = model
     if process.world > 1:
         stepped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
@@ -240,7 +241,7 @@ def train(
     before = log.seconds if log else 0.0
     model.train()
     started = since = time.perf_counter()
-    sums, seen, logged = torch.zeros(len(COUNTS), device=device, dtype=torch.float64), 0, first
+    seen = 0
     bar = tqdm(total=steps, initial=first, desc=settings.loss, unit="step", disable=not main)
     for step in range(first, steps):
         rate, part = progress(step, steps, settings.warmup)
@@ -286,6 +287,8 @@ def train(
                     "people": data.people,
                     "world": process.world,
                     "step": step + 1,
+                    "logged": logged,
+                    "sums": sums,
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(),
