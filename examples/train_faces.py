@@ -103,7 +103,8 @@ def parser() -> argparse.ArgumentParser:
         "margin": "0.45 for ArcFace, 0.35 for CosFace",
         "people": "people in a batch of a process",
         "images": "images of each person in it",
-        "warmup": "part of the run in which the learning rate rises and the margin comes in",
+        "warmup": "part of the run in which the learning rate rises",
+        "margin_warmup": "part of the run in which the margin comes in",
         "eps": "entropy of the transport in the loss",
         "n_iter": "iterations of the transport in the loss",
     }

@@ -292,11 +292,11 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
         return torch.empty(count).uniform_(low, high, generator=generator).to(device)
 
     mirror = draw(-1, 1).sign()
-    angle, zoom = draw(-0.15, 0.15), draw(0.88, 1.08)
+    angle, zoom = draw(-0.1, 0.1), draw(0.92, 1.06)
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
     rows = [
-        torch.stack([cos * mirror, -sin, draw(-0.08, 0.08)], 1),
-        torch.stack([sin * mirror, cos, draw(-0.08, 0.08)], 1),
+        torch.stack([cos * mirror, -sin, draw(-0.06, 0.06)], 1),
+        torch.stack([sin * mirror, cos, draw(-0.06, 0.06)], 1),
     ]
     grid = torch.nn.functional.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
     images = torch.nn.functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
@@ -305,6 +305,6 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
         return values[:, None, None, None]
 
     grey = images.mean(1, keepdim=True)
-    images = grey + each(draw(0.5, 1.5).where(draw(0, 1) > 0.1, 0)) * (images - grey)
+    images = grey + each(draw(0.5, 1.5).where(draw(0, 1) > 0.05, 0)) * (images - grey)
     middle = images.mean((1, 2, 3), keepdim=True)
-    return (middle + each(draw(0.7, 1.3)) * (images - middle) + each(draw(-0.25, 0.25))).clamp(-1, 1)
+    return (middle + each(draw(0.75, 1.25)) * (images - middle) + each(draw(-0.2, 0.2))).clamp(-1, 1)

@@ -57,7 +57,8 @@ class Settings:
     images: int = 4  # of each of them
     lr: float = 0.1
     weight_decay: float = 5e-4
-    warmup: float = 0.05  # part of the run in which the learning rate rises and the margin comes in
+    warmup: float = 0.05  # part of the run in which the learning rate rises
+    margin_warmup: float = 0.4  # part of the run in which the margin comes in; without it, training starts slowly
     amp: str = "off"
     seed: int = 0
 
@@ -109,12 +110,12 @@ def backbone_of(settings: Settings) -> Mobile:
     return model.to(memory_format=torch.channels_last)
 
 
-def progress(step: int, steps: int, warmup: float) -> tuple[float, float]:
+def progress(step: int, steps: int, settings: Settings) -> tuple[float, float]:
     """The parts of learning rate and margin at a step: both rise linearly, then the rate falls as a cosine."""
-    rising = max(1.0, warmup * steps)
-    part = min(1.0, (step + 1) / rising)
+    rising = max(1.0, settings.warmup * steps)
     falling = max(0.0, (step - rising) / max(1.0, steps - rising))
-    return part * 0.5 * (1 + math.cos(math.pi * falling)), part
+    rate = min(1.0, (step + 1) / rising) * 0.5 * (1 + math.cos(math.pi * falling))
+    return rate, min(1.0, (step + 1) / max(1.0, settings.margin_warmup * steps))
 
 
 # ---- the run's folder ----
@@ -244,7 +245,7 @@ def train(
     seen = 0
     bar = tqdm(total=steps, initial=first, desc=settings.loss, unit="step", disable=not main)
     for step in range(first, steps):
-        rate, part = progress(step, steps, settings.warmup)
+        rate, part = progress(step, steps, settings)
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * rate
         model.scale_margin(part)
