@@ -271,7 +271,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(made, tmp_path):
 def test_a_run_with_other_settings_is_not_gone_on_with(made, tmp_path, capsys):
     assert train_faces.main(arguments(made, tmp_path, "--epochs", "0.1")) == 0
     assert train_faces.main(arguments(made, tmp_path, "--epochs", "0.1", "--lr", "0.2")) == 2
-    assert "other settings (lr 0.1, now 0.2)" in capsys.readouterr().err
+    assert "other settings (lr 0.002, now 0.2)" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_the_old_or_the_new_one(tmp_path):
