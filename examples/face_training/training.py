@@ -211,8 +211,8 @@ def train(
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others}]
-    # Not SGD, which is usual on large sets: on 524 people, without margin and with batches of 16 x 4, the loss after three
-    # epochs was 6.1 with SGD at a rate of 0.1, hardly below guessing (6.3), and 4.8 with this.
+    # Not SGD, which is usual on large sets: on 524 people, without margin and with batches of 16 x 4, the loss after
+    # three epochs was 6.1 with SGD at a rate of 0.1, hardly below guessing (6.3), and 4.8 with this.
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=0.0)
     amp = AMP[settings.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
