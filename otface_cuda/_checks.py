@@ -82,9 +82,10 @@ def check_int(where: str, name: str, x: Any, least: int) -> int:
 def check_finite(where: str, name: str, x: Any) -> float:
     if isinstance(x, bool) or not isinstance(x, (Real, torch.SymFloat, torch.SymInt)):
         raise wrong_type(where, name, "a float", x)
-    if not abs(x) < math.inf:  # torch.compile can trace this, where a number is a symbol to it
+    number = float(x)
+    if not -math.inf < number < math.inf:  # as torch.compile can trace it, also where a number is a symbol to it
         raise wrong_value(where, name, "finite", x)
-    return float(x)
+    return number
 
 
 def check_choice(where: str, name: str, x: Any, choices: Sequence[str]) -> None:
