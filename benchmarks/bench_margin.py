@@ -27,10 +27,12 @@ import measure
 import roofline
 import torch
 from harness import (
+    DisagreementError,
     Notes,
     aligned,
     check_options,
     disturbance,
+    first_line,
     megabytes,
     milliseconds,
     progress,
@@ -38,6 +40,7 @@ from harness import (
     significant,
     summary,
     time_cell,
+    too_large,
     use_threads,
     versions,
     wrapped,
@@ -48,7 +51,6 @@ from margin_problems import (
     Answer,
     Problem,
     Row,
-    free_bytes,
     largest_difference,
     make_problem,
     quick_rows,
@@ -62,10 +64,6 @@ LARGE_FLOPS = 10**12  # of one call, from which three repetitions are enough ins
 AGREES = {"float32": 1e-3, "bfloat16": 5e-2}  # largest difference from float64, of the loss and of each gradient
 PRODUCTS = "its own three products"
 SQUARE = "a square product"
-
-
-class DisagreementError(Exception):
-    """Ours computes something else than float64, so no time of it means anything."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -196,18 +194,6 @@ def prepare(peer: Peer, problem: Problem, exact: Answer) -> tuple[Callable[[], A
     if not max(entry["difference"].values()) <= AGREES[row.dtype]:  # also where one is NaN
         return None, entry | {"cannot": f"differs from float64: {entry['difference']}"}
     return call, entry
-
-
-def first_line(error: Exception) -> str:
-    """Of its message, without words that are paths of this machine."""
-    lines = str(error).strip().splitlines() or [""]
-    return " ".join(word for word in lines[0].split() if not harness.holds_path(word))[:200]
-
-
-def too_large(needed: int, device: str) -> str:
-    """Why so many bytes cannot be had, or an empty string."""
-    free = free_bytes(device)
-    return f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free" if needed > free else ""
 
 
 def own_products(problem: Problem) -> Callable[[], None]:

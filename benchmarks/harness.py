@@ -24,6 +24,12 @@ from plot import machine
 
 DISTURBED = 0.1  # CPUs that other programs use during the timings, from which the table says so
 
+FREE = 0.9  # the share of the free memory that may be used
+
+
+class DisagreementError(Exception):
+    """Ours computes something else than float64, so no time of it means anything."""
+
 
 class Library:
     """Something that is measured."""
@@ -152,6 +158,29 @@ def gpu() -> dict[str, Any]:
 
 def holds_path(value: Any) -> bool:
     return os.sep in json.dumps(value, default=str)
+
+
+def free_bytes(device: str) -> float:
+    """Memory that may still be used."""
+    if device == "cuda":
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return FREE * (torch.cuda.mem_get_info()[0] + unused)
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return FREE * int(line.split()[1]) * 1024
+    raise OSError("/proc/meminfo does not say what memory is available")
+
+
+def first_line(error: Exception) -> str:
+    """Of its message, without words that are paths of this machine."""
+    lines = str(error).strip().splitlines() or [""]
+    return " ".join(word for word in lines[0].split() if not holds_path(word))[:200]
+
+
+def too_large(needed: int, device: str) -> str:
+    """Why so many bytes cannot be had, or an empty string."""
+    free = free_bytes(device)
+    return f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free" if needed > free else ""
 
 
 def git_state() -> tuple[str | None, bool | None]:

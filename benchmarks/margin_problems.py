@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ MARGIN = 0.5  # of ArcFace, in radians
 SCALE = 64.0
 CHUNK_BYTES = 2**27  # of one (B, chunk) tensor of the float64 answer
 TARGET_COSINES = (0.3, 0.9)  # of x with its own class: the middle of a training, where most rows still learn
-FREE = 0.9  # the share of the free memory that may be used
 
 
 @dataclass(frozen=True)
@@ -164,14 +162,3 @@ def largest_difference(answer: Answer, exact: Answer) -> dict[str, float]:
         "grad_x": of_entries(answer.grad_x, exact.grad_x),
         "grad_weight": of_entries(answer.grad_weight, exact.grad_weight),
     }
-
-
-def free_bytes(device: str) -> float:
-    """Memory that may still be used."""
-    if device == "cuda":
-        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return FREE * (torch.cuda.mem_get_info()[0] + unused)
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return FREE * int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo does not say what memory is available")
