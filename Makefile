@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml tools/toolchain.py tools/nvcc_report.py $(she
 
 MAKEFLAGS += --no-print-directory
 .NOTPARALLEL:
-.PHONY: test kernels bench bench-margin lint clean FORCE
+.PHONY: test kernels bench bench-margin bench-otface lint clean FORCE
 
 test: export OTFACE_WERROR = 1
 test: $(VENV)/test
@@ -28,6 +28,9 @@ bench: $(VENV)/bench
 
 bench-margin: $(VENV)/bench
 	$(BIN)/python benchmarks/bench_margin.py $(ARGS)
+
+bench-otface: $(VENV)/bench
+	$(BIN)/python benchmarks/bench_otface.py $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check

@@ -23,6 +23,8 @@ STYLES = {
     "naive": ("#0072B2", "o"),
     "compiled": ("#E69F00", "s"),
     "pytorch-metric-learning": ("#009E73", "D"),
+    "triplet-loop": ("#0072B2", "o"),
+    "batched": ("#E69F00", "s"),
 }
 OURS_COLOUR = "#D55E00"
 STORED_COLOUR = "#999999"  # the margin loss with stored logits
@@ -55,6 +57,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 ratios = [entry["ratio"] for entry, _ in found]
                 heights = [y + shift for _, y in found]
                 legend = found[0][0]["label"] + (", at its error" if "ours_seconds" in found[0][0] else "")
+                legend += " (extrapolated)" if "sampled" in found[0][0] else ""
                 left.scatter(ratios, heights, s=55, color=colour, marker=marker, label=legend, zorder=3)
         left.set_xscale("log")
         left.axvline(1, color="0.4", linewidth=1)
@@ -118,6 +121,8 @@ def machine(result: dict[str, Any]) -> str:
 
 
 def label(row: dict[str, Any]) -> str:
+    if "triplets" in row:
+        return f"batch {row['batch']}\n{row['triplets']:,} triplets"
     if "classes" in row:
         autocast = "" if row["dtype"] == "float32" else f"\n{row['dtype']}"
         return f"B={row['batch']}, C={row['classes']:,}, d={row['dimension']}{autocast}"

@@ -13,6 +13,7 @@ from typing import Any
 
 from harness import DISTURBED, megabytes, milliseconds, processor, significant
 from margin_peers import PEERS as MARGIN_PEERS
+from otface_peers import PEERS as OTFACE_PEERS
 from peers import PEERS
 from plot import shown
 
@@ -32,7 +33,8 @@ def fill(text: str, root: Path = ROOT) -> str:
 
 def render(result: dict[str, Any]) -> str:
     """A Markdown table, one line per row of the benchmark, and a line that says where and how it was measured."""
-    return (render_margin if result.get("benchmark") == "margin" else render_sinkhorn)(result)
+    renderers = {"sinkhorn": render_sinkhorn, "margin": render_margin, "otface": render_otface}
+    return renderers[result.get("benchmark", "sinkhorn")](result)
 
 
 def render_sinkhorn(result: dict[str, Any]) -> str:
@@ -101,6 +103,38 @@ def margin_line(row: dict[str, Any], peers: list[str]) -> list[str]:
     return [
         f"{row['batch']} x {row['classes']:,} classes, d = {row['dimension']}{autocast}",
         *cells,
+        f"{max(ours['difference'].values()):.0e}",
+        f"{megabytes(ours['peak_bytes'])} MB" if ours.get("peak_bytes") is not None else "-",
+        *(f"{significant(entries[p]['ratio'])}x" if "ratio" in entries.get(p, {}) else "-" for p in peers),
+    ]
+
+
+def render_otface(result: dict[str, Any]) -> str:
+    rows = result["rows"]
+    timed = {entry["name"]: entry for row in rows for entry in row["peers"] if "ratio" in entry}
+    peers = [name for name in OTFACE_PEERS if name in timed]
+    head = [
+        "batch",
+        "hard triplets",
+        "otface_cuda",
+        "its products",
+        "times its products",
+        "from float64",
+        "peak memory",
+        *(timed[p]["label"] + (", extrapolated" if "sampled" in timed[p] else "") for p in peers),
+    ]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *(otface_line(row, peers) for row in rows)]
+    return markdown(lines, made(result, rows, []))
+
+
+def otface_line(row: dict[str, Any], peers: list[str]) -> list[str]:
+    ours, entries = row["ours"], {entry["name"]: entry for entry in row["peers"]}
+    return [
+        f"{row['batch']} maps of {row['channels']} x {row['side']} x {row['side']}",
+        f"{row['triplets']:,}",
+        f"{milliseconds(ours['seconds']['median'])} ms",
+        f"{milliseconds(row['products'][ours['limit']['of']]['median'])} ms",
+        f"{ours['limit']['times']:.2f}x",
         f"{max(ours['difference'].values()):.0e}",
         f"{megabytes(ours['peak_bytes'])} MB" if ours.get("peak_bytes") is not None else "-",
         *(f"{significant(entries[p]['ratio'])}x" if "ratio" in entries.get(p, {}) else "-" for p in peers),
