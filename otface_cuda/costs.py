@@ -5,6 +5,8 @@ A cost is computed in float32 at least, also under autocast: at small eps an err
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,13 +20,36 @@ def prepare_points(points: Tensor, metric: str) -> Tensor:
     points = points if points.dtype == torch.float64 else points.float()
     if metric != "cosine":
         return points
-    # First by the largest coordinate, so that no square leaves the range of the dtype; the direction does not depend on
-    # it, so it takes no part in the gradient. A zero vector stays one: cosine 0 with everything, and no gradient.
-    largest = points.detach().abs().amax(-1, keepdim=True) if points.shape[-1] > 0 else points.new_ones(1)
-    scaled = points / torch.where(largest > 0, largest, 1.0)
-    square = scaled.square().sum(-1, keepdim=True)
-    zero = square == 0  # not so for NaN, which spoils its own problem
-    return torch.where(zero, 0.0, scaled * torch.where(zero, 1.0, square).rsqrt())
+    unit: Tensor = _UnitLength.apply(points)
+    return unit
+
+
+class _UnitLength(torch.autograd.Function):
+    """A zero vector stays one: cosine 0 with everything, and no gradient. NaN stays in its own vector."""
+
+    @staticmethod
+    def forward(ctx, points: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        if points.shape[-1] == 0:
+            return points.clone()
+        # First by the largest coordinate, so that no square leaves the range of the dtype.
+        largest = points.abs().amax(-1, keepdim=True)
+        largest = torch.where(largest > 0, largest, 1.0)
+        scaled = points / largest
+        length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+        length = torch.where(length == 0, math.inf, length)
+        unit = scaled.div_(length)
+        ctx.save_for_backward(unit, length, largest)
+        return unit
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        if not ctx.saved_tensors:
+            return grad
+        unit, length, largest = ctx.saved_tensors
+        # What would only change the length is worth nothing.
+        along = (grad * unit).sum(-1, keepdim=True)
+        across = torch.addcmul(grad, unit, along, value=-1)
+        return across.div_(length).div_(largest)
 
 
 def cost_of_prepared(x: Tensor, y: Tensor, metric: str) -> Tensor:

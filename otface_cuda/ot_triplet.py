@@ -83,7 +83,7 @@ def ot_triplet_loss(
     if chunk_bytes is None:
         chunk_bytes = DEFAULT_CHUNK_BYTES[feature_map.device.type]
     chunk_bytes = _checks.check_int(where, "chunk_bytes", chunk_bytes, 1)
-    prepared = prepare_points(points, metric).contiguous()
+    prepared = prepare_points(points.contiguous(), metric)
     arguments = (prepared, triplets.to(torch.int64), strength, n_iter, slack, metric, chunk_bytes)
     if autograd.needs_graph(prepared):
         loss, n_hard, n_active = _OTTripletLoss.apply(*arguments)
