@@ -126,6 +126,7 @@ def test_fill_makes_a_table_of_a_result(tmp_path):
     without = {"name": "pot-batch", "label": "POT batch", "version": "0.9.7", "cannot": "too large"}
     rows = [row("one"), row("two", backward=True, peers=[without], limit=None, other_programs_cpus=0.7)]
     result = {
+        "benchmark": "sinkhorn",
         "info": {"cpu_isa": "avx2"},
         "device_name": "CPU X",
         "threads": 2,
