@@ -8,7 +8,8 @@ ArcFace(0.5), scale 64, the mean loss and its gradients in x and weight. Everyon
 float64, and only then timed. A time is the median over repetitions, quartiles in brackets. The limit is torch's own
 matrix product: the products that a call cannot do without (4 of 2 B C d operations, or 3 where the logits are stored)
 at the best rate of this run, either of the row's own three products in full size or of a large square one, whichever is
-faster; both are timed in turn with everyone else. What does not fit in memory is left out, and the table says so.
+faster; both are timed in turn with everyone else. What does not fit in memory is left out, and the table says so. Ctrl-C
+ends the run with the rows that are done.
 """
 
 from __future__ import annotations
@@ -112,8 +113,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     entry["peak_bytes"] = peak_memory(entry["name"], row, device)
         results.append(result)
 
-    for step in progress([(row.title, functools.partial(row_step, row)) for row in rows]):
-        step()
+    try:
+        for step in progress([(row.title, functools.partial(row_step, row)) for row in rows]):
+            step()
+    except KeyboardInterrupt:  # what has been measured is kept
+        done = {entry["title"] for entry in (*results, *left_out)}
+        left_out += [{"title": row.title, "why": "the run was stopped"} for row in rows if row.title not in done]
     return {
         **provenance("margin", device, PEERS, options.peers),
         "quick": options.quick,

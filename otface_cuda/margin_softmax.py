@@ -16,7 +16,7 @@ from .margins import Margin
 REDUCTIONS = ("none", "mean", "sum")
 
 # What a chunk of classes occupies by default: on the CPU it stays in the cache, on a GPU it keeps the device busy.
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 
 
 def cosine_margin_logits(
@@ -100,7 +100,7 @@ def margin_softmax_loss(
         store_logits: keep (B, C) numbers for the gradient, rather than compute them again: three matrix products
             instead of four.
         chunk_bytes: what a chunk of classes may occupy, with its products, its weights and their gradients; at least
-            64 classes are taken at a time. By default 8 MiB on the CPU and 64 MiB on CUDA. Changes rounding only.
+            64 classes are taken at a time. By default 4 MiB on the CPU and 64 MiB on CUDA. Changes rounding only.
 
     Returns:
         A scalar, or (B,); float64 for float64 inputs, else float32. Gradients in x and weight, as in
