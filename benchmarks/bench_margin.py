@@ -8,8 +8,8 @@ ArcFace(0.5), scale 64, the mean loss and its gradients in x and weight. Everyon
 float64, and only then timed. A time is the median over repetitions, quartiles in brackets. The limit is torch's own
 matrix product: the products that a call cannot do without (4 of 2 B C d operations, or 3 where the logits are stored)
 at the best rate of this run, either of the row's own three products in full size or of a large square one, whichever is
-faster; both are timed in turn with everyone else. What does not fit in memory is left out, and the table says so. Ctrl-C
-ends the run with the rows that are done.
+faster; both are timed in turn with everyone else. What does not fit in memory is left out, and the table says so.
+Ctrl-C ends the run with the rows that are done.
 """
 
 from __future__ import annotations
