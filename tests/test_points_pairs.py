@@ -459,7 +459,8 @@ def test_pairs_are_points(weights: str, metric: str, mode: str, device: str) -> 
     expected, expected_grads = solve(points_of_pairs)
     assert torch.equal(out.n_iter, expected.n_iter)
     assert len(out.n_iter.unique()) > 1
-    assert torch.equal(out.converged, expected.converged)
+    stops = options["tol"] > 0  # else the last bit of a cost decides whether the error ends at zero
+    assert torch.equal(out.converged[stops], expected.converged[stops])
     for name in ("value", "transport_cost", "f", "g", "error"):
         torch.testing.assert_close(getattr(out, name), getattr(expected, name), rtol=0, atol=1e-12)
     for name, g, ref in zip(inputs, grads, expected_grads, strict=True):
