@@ -136,8 +136,9 @@ void backward_chunk(const BackwardChunkParams& p, const Executor& executor) {
       const T shift = static_cast<T>(row.most);
       const T offset = static_cast<T>((row.most * chunk.scale - g.lse) * log2_of_e);
       const T inverse_norm = p.are_cosines ? T(1) : static_cast<T>(row.inverse_norm);
-      const auto gradient = [&](V c, V norm)
-                                __attribute__((always_inline)) { return vexp2((c - shift) * k + offset) * softmax * norm; };
+      const auto gradient = [&](V c, V norm) __attribute__((always_inline)) {
+        return vexp2((c - shift) * k + offset) * softmax * norm;
+      };
       if (p.are_cosines)
         map_vectors(products, inverse_norms, chunk.classes, out,
                     [&](int64_t, V c, V norm) __attribute__((always_inline)) { return gradient(c, norm); });

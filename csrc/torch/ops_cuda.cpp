@@ -86,8 +86,7 @@ struct Cuda {
       return;
     }
     std::array<StableIValue, 4> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                      torch::stable::detail::from(out.scalar_type()),
-                                      torch::stable::detail::from(out)};
+                                      torch::stable::detail::from(out.scalar_type()), torch::stable::detail::from(out)};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);  // takes the reference that the call gave back
   }
