@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import sys
 import traceback
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from harness import (
     Notes,
     aligned,
     check_options,
+    deliver,
     disturbance,
     first_line,
     megabytes,
@@ -58,7 +58,6 @@ from margin_problems import (
     rows_for,
     solve_float64,
 )
-from plot import draw
 
 ROW_SECONDS = 8.0  # time budget of a row; everyone gets the least number of repetitions, however long that takes
 LARGE_FLOPS = 10**12  # of one call, from which three repetitions are enough instead of five
@@ -74,11 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     except DisagreementError as error:
         print(f"bench_margin: {error}", file=sys.stderr)
         return 1
-    print(table(result))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    if options.plot:
-        draw(result, options.plot)
+    deliver(result, table(result), options)
     return 0
 
 

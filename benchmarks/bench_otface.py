@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import sys
 import traceback
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from harness import (
     Notes,
     aligned,
     check_options,
+    deliver,
     disturbance,
     first_line,
     megabytes,
@@ -55,7 +55,6 @@ from otface_problems import (
     solve_float64,
 )
 from otface_products import own_products
-from plot import draw
 
 ROW_SECONDS = 30.0  # time budget of a row; everyone gets the least number of repetitions, however long that takes
 AGREES = 1e-3  # largest difference from float64, of the loss and of the gradient
@@ -68,11 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     except DisagreementError as error:
         print(f"bench_otface: {error}", file=sys.stderr)
         return 1
-    print(table(result))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    if options.plot:
-        draw(result, options.plot)
+    deliver(result, table(result), options)
     return 0
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import sys
 import traceback
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from harness import (
     Notes,
     aligned,
     check_options,
+    deliver,
     disturbance,
     megabytes,
     milliseconds,
@@ -44,7 +44,6 @@ from harness import (
     wrapped,
 )
 from peers import OURS, PEERS, Peer
-from plot import draw
 from problems import (
     ROWS,
     Answer,
@@ -69,11 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     except faces.FacesError as error:
         print(f"bench_sinkhorn: {error}", file=sys.stderr)
         return 2
-    print(table(result))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    if options.plot:
-        draw(result, options.plot)
+    deliver(result, table(result), options)
     return 0
 
 

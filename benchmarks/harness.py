@@ -20,7 +20,7 @@ from typing import Any
 
 import measure
 import torch
-from plot import machine
+from plot import draw, machine
 
 DISTURBED = 0.1  # CPUs that other programs use during the timings, from which the table says so
 
@@ -219,6 +219,15 @@ def progress(steps: list[tuple[str, Callable[[], None]]]) -> Iterator[Callable[[
             bar.set_description(title)
             yield step
             bar.update()
+
+
+def deliver(result: dict[str, Any], table: str, options: argparse.Namespace) -> None:
+    """What a run ends with: the printed table, and the files that were asked for."""
+    print(table)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if options.plot:
+        draw(result, options.plot)
 
 
 # ---- figures ----

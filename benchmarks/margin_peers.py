@@ -8,6 +8,7 @@ returns a call that computes the mean loss and its gradients in x and weight, as
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -17,15 +18,16 @@ from torch import Tensor
 from torch.nn import functional
 
 
-class Peer(Library):
+class Peer(Library, ABC):
     products = 3  # of x, weight and logits, that it needs: x W^T, G W, G^T x
 
+    @abstractmethod
     def needs(self, row: Row) -> int:
         """Bytes beyond weight and x, about: what is prepared and the peak of a call."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prepare(self, problem: Problem) -> Callable[[], Answer]:
-        raise NotImplementedError
+        """What is timed."""
 
 
 def with_gradients(loss: Callable[[Tensor, Tensor], Tensor], problem: Problem) -> Callable[[], Answer]:

@@ -7,6 +7,7 @@ same formula, float32, torch's autograd.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -25,15 +26,16 @@ from torch import Tensor
 SAMPLE = 24  # triplets that the loop is timed on
 
 
-class Peer(Library):
+class Peer(Library, ABC):
     sample: int | None = None  # of so many triplets; the time is then extrapolated to all
 
+    @abstractmethod
     def needs(self, problem: Problem) -> int:
         """Bytes beyond the maps, about, at the peak of a call."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, maps: Tensor, problem: Problem) -> Tensor:
-        raise NotImplementedError
+        """The transport term, differentiable."""
 
     def prepare(self, problem: Problem) -> Callable[[], Answer]:
         def call() -> Answer:

@@ -17,6 +17,7 @@ import io
 import math
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ from problems import Answer, Problem, Row
 from torch import Tensor
 
 
-class Peer(Library):
+class Peer(Library, ABC):
     own_streams = False  # on CUDA, torch's events do not see it
     # True: its iteration is another one, from points, so ours is timed at the error it reaches, from the same points;
     # ``read`` then returns its potentials (f, g) instead of an Answer.
@@ -43,11 +44,13 @@ class Peer(Library):
         """How many problems of the batch it solves in a call; if not all, the time is scaled and the table says so."""
         return row.batch
 
+    @abstractmethod
     def prepare(self, problem: Problem) -> Callable[[], Any]:
-        raise NotImplementedError
+        """What is timed."""
 
+    @abstractmethod
     def read(self, problem: Problem, result: Any) -> Answer | tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """Its result in our terms."""
 
 
 def with_gradient(solve: Callable[[Tensor], tuple[Tensor, Tensor]], cost: Tensor) -> Callable[[], Answer]:

@@ -25,6 +25,8 @@ def describe(x: Any) -> str:
     """How a wrong argument is named in a message."""
     if isinstance(x, Tensor):
         return f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)}"
+    if isinstance(x, type):
+        return f"the class {x.__name__}"
     return f"{x!r}" if isinstance(x, (int, float, str, bool, type(None))) else f"a {type(x).__name__}"
 
 

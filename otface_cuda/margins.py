@@ -7,6 +7,7 @@ something smaller, so that the class has to win by more than it would otherwise.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from numbers import Real
@@ -34,7 +35,7 @@ class KernelMargin(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Margin:
+class Margin(ABC):
     """What ``margin=`` takes: one of :class:`ArcFace`, :class:`CosFace`, :class:`SphereFace`, :class:`CombinedMargin`.
 
     They are values: frozen, hashable, equal where their numbers are, and can be pickled.
@@ -45,9 +46,9 @@ class Margin:
     True
     """
 
+    @abstractmethod
     def kernel_form(self) -> KernelMargin:
         """The numbers that the operators take."""
-        raise NotImplementedError(f"{type(self).__name__} is no margin by itself; use ArcFace(), CosFace(), ...")
 
 
 @dataclass(frozen=True)

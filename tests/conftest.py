@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Before torch is loaded: threads that wait for one another at the end of a small operation shall sleep, not spin. With
 # other work on the machine the suite is ten times slower otherwise.
@@ -53,3 +54,11 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Each test compiles on its own, not as a recompilation of the last one."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

@@ -6,7 +6,6 @@ import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -175,13 +174,6 @@ def test_opcheck(device: str) -> None:
     unit = torch.nn.functional.normalize(embeddings)
     for most in (1, 500):
         torch.library.opcheck(torch.ops.otface.hardest_triplets, (unit, names, 0.1, most))
-
-
-@pytest.fixture
-def fresh_compiler() -> Any:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -99,14 +99,6 @@ def test_every_operator_is_checked() -> None:
     assert {name for name in ours if "pairs" not in name} == checked
 
 
-@pytest.fixture
-def fresh_compiler() -> Any:
-    """Each test compiles on its own, not as a recompilation of the last one."""
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 class TestCompile:
     """`fullgraph=True`: no graph break. "aot_eager" traces forward and backward, and runs torch's part as it is."""

@@ -368,13 +368,6 @@ def test_opcheck(listed: str, keep: bool, monkeypatch: pytest.MonkeyPatch, devic
         torch.library.opcheck(op, args, test_utils=utils + compared)
 
 
-@pytest.fixture
-def fresh_compiler() -> Any:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled(device: str) -> None:
     """One graph, forward and backward, with the same bits; also for other numbers of triplets, and wrong indices."""

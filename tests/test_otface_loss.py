@@ -232,13 +232,6 @@ def test_gradcheck(device: str) -> None:
     assert torch.autograd.gradcheck(total, leaves, eps=1e-6, atol=1e-7, rtol=1e-6)
 
 
-@pytest.fixture
-def fresh_compiler() -> Any:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("max_triplets", [None, 30])
 def test_compiled(max_triplets: int | None, device: str) -> None:
