@@ -6,8 +6,8 @@
 
 ArcFace(0.5), scale 64, the mean loss and its gradients in x and weight. Everyone's first answer is compared with
 float64, and only then timed. A time is the median over repetitions, quartiles in brackets. The limit is torch's own
-matrix product: the products that a call cannot do without (4 of 2 B C d operations, or 3 where the logits are stored)
-at the best rate of this run, either of the row's own three products in full size or of a large square one, whichever is
+matrix product: the products that a call does (3 of 2 B C d operations, or 4 where the logits are computed again) at
+the best rate of this run, either of the row's own three products in full size or of a large square one, whichever is
 faster; both are timed in turn with everyone else. What does not fit in memory is left out, and the table says so.
 Ctrl-C ends the run with the rows that are done.
 """
@@ -46,7 +46,7 @@ from harness import (
     versions,
     wrapped,
 )
-from margin_peers import EVERYONE, OURS, PEERS, STORED, Peer
+from margin_peers import EVERYONE, OTHER, OURS, PEERS, Peer
 from margin_problems import (
     TARGET_BYTES,
     Answer,
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     device = options.device
     torch.set_float32_matmul_precision("highest")  # no TensorFloat-32, for anyone
     rows = quick_rows(device) if options.quick else rows_for(device)
-    peers = [STORED, *(PEERS[name] for name in options.peers)]
+    peers = [OTHER, *(PEERS[name] for name in options.peers)]
     clock = measure.Clock(device)
     results: list[dict[str, Any]] = []
     left_out: list[dict[str, str]] = []
@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             return
         result = {"title": row.title, **dataclasses.asdict(row), **run_row(row, peers, clock, options.quick)}
         if not options.quick:
-            for entry in (result["ours"], result["stored"], *result["peers"]):
+            for entry in (result["ours"], result["other"], *result["peers"]):
                 if "seconds" in entry:
                     entry["peak_bytes"] = peak_memory(entry["name"], row, device)
         results.append(result)
@@ -158,17 +158,18 @@ def run_row(row: Row, peers: list[Peer], clock: measure.Clock, quick: bool) -> d
     for entry in (ours_entry, *entries):
         if entry["name"] in timed:
             entry["seconds"] = summary(timed[entry["name"]].samples)
-            flops = row.flops(EVERYONE[entry["name"]].products)
+            products = EVERYONE[entry["name"]].products(row)
+            flops = row.flops(products)
             percent = 100 * flops / entry["seconds"]["median"] / rates[best]
-            entry |= {"flops": flops, "limit": {"percent": percent, "of": best}}
-    stored, *others = entries
+            entry |= {"products": products, "flops": flops, "limit": {"percent": percent, "of": best}}
+    other, *others = entries
     for entry in others:
-        for mine, key in ((ours_entry, "ratio"), (stored, "ratio_stored")):
+        for mine, key in ((ours_entry, "ratio"), (other, "ratio_other")):
             if "seconds" in entry and "seconds" in mine:
                 entry[key] = entry["seconds"]["median"] / mine["seconds"]["median"]
     return {
         "ours": ours_entry,
-        "stored": stored,
+        "other": other,
         "peers": others,
         "limits": {
             name: {"flops_per_s": rates[name], "seconds": summary(contender.samples)}
@@ -239,7 +240,7 @@ def memory_work(name: str, row: Row, threads: int) -> tuple[Callable, Callable]:
 
 # ---- the table ----
 
-COLUMNS = ["", "ms (quartiles)", "ratio", "stored", "limit", "peak MB", "max diff"]
+COLUMNS = ["", "ms (quartiles)", "ratio", "to other", "limit", "peak MB", "max diff"]
 
 
 def table(result: dict[str, Any]) -> str:
@@ -251,7 +252,7 @@ def table(result: dict[str, Any]) -> str:
         alone = f"; ours made and waited for alone: {milliseconds(wall['median'])} ms" if wall else ""
         rates = ", ".join(f"{limit['flops_per_s'] / 1e9:.0f} Gflop/s {name}" for name, limit in row["limits"].items())
         lines.append(f"{row['title']}; {rates}{alone}{disturbance(row)}")
-        for entry in (row["ours"], row["stored"], *row["peers"]):
+        for entry in (row["ours"], row["other"], *row["peers"]):
             lines.append(table_line(entry, row, result["target_bytes"], notes.mark))
     return "\n".join([versions(result), "", *aligned(COLUMNS, lines), "", *footnotes(result, notes)])
 
@@ -262,9 +263,9 @@ def table_line(
     if "cannot" in entry:
         return ["  " + entry["label"] + mark(entry["cannot"]), *["-"] * (len(COLUMNS) - 1)]
     note = EVERYONE[entry["name"]].note
-    is_ours, is_stored = entry is row["ours"], entry is row["stored"]
+    is_ours, is_other = entry is row["ours"], entry is row["other"]
     percent = f"{entry['limit']['percent']:.0f} %"
-    if row["target"] and (is_ours or is_stored):
+    if row["target"] and (is_ours or is_other):
         percent += f" (target {row['target']} %)"
     memory = megabytes(entry.get("peak_bytes"))
     if target_bytes and is_ours and "peak_bytes" in entry:
@@ -273,7 +274,7 @@ def table_line(
         "  " + entry["label"] + (mark(note) if note else ""),
         time_cell(entry["seconds"]),
         times(entry.get("ratio")),
-        times(entry.get("ratio_stored")),
+        times(entry.get("ratio_other")),
         percent,
         memory,
         f"{max(entry['difference'].values()):.0e}",
@@ -287,9 +288,9 @@ def times(ratio: float | None) -> str:
 def footnotes(result: dict[str, Any], notes: Notes) -> list[str]:
     cold = "; device events, cold L2, the host ahead of the GPU" if result["device"] == "cuda" else ""
     lines = [
-        f"ratio: the peer's median over ours, timed in turn{cold}; stored: over ours with stored logits.",
-        "limit: 8 B C d operations (ours) or 6 B C d (stored logits, peers) in the median time, against the better of "
-        "the two rates in the row's title, each the best of its repetitions.",
+        f"ratio: the peer's median over ours, timed in turn{cold}; to other: over ours the other way.",
+        "limit: 6 B C d operations, or 8 B C d where ours computes the logits again, in the median time, against the "
+        "better of the two rates in the row's title, each the best of its repetitions.",
         "peak MB: memory beyond weight, its gradient and x at the peak of a call (resolution 0.3 MB on a CPU).",
         "max diff: from float64, of the loss, relative, and of both gradients, relative to the largest entry.",
         *notes.lines(),

@@ -44,7 +44,7 @@ class Row:
         return 2 * products * self.batch * self.classes * self.dimension
 
 
-TARGET_BYTES = 64e6  # beyond weight, its gradient and x, at any C, on a CPU and without stored logits
+TARGET_BYTES = 64e6  # beyond weight, its gradient and x, at any B and C, on a CPU
 SIZES = ((64, 256, 1024), (1000, 10_000, 100_000, 1_000_000), (128, 512))
 
 

@@ -27,7 +27,9 @@ STYLES = {
     "batched": ("#E69F00", "s"),
 }
 OURS_COLOUR = "#D55E00"
-STORED_COLOUR = "#999999"  # the margin loss with stored logits
+OTHER_COLOUR = (
+    "#999999"  # the margin loss the other way: stored logits for such that are computed again, or the reverse
+)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -77,21 +79,21 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 of = f" {row['limit']['of']}" if "limit" in row else ""
                 white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
                 right.text(percent + 4, y, f"{percent:.0f} %{of}", va="center", fontsize=9, bbox=white)
-        stored = [
-            (row["stored"]["limit"]["percent"], y - 0.33)
+        other = [
+            (row["other"]["limit"]["percent"], y - 0.33)
             for row, y in zip(rows, places, strict=True)
-            if "limit" in row.get("stored", {})
+            if "limit" in row.get("other", {})
         ]
-        if stored:
+        if other:
             right.barh(
-                [y for _, y in stored],
-                [percent for percent, _ in stored],
+                [y for _, y in other],
+                [percent for percent, _ in other],
                 height=0.16,
-                color=STORED_COLOUR,
+                color=OTHER_COLOUR,
                 zorder=3,
-                label="ours with stored logits",
+                label="ours the other way",
             )
-            limits += [percent for percent, _ in stored]
+            limits += [percent for percent, _ in other]
         right.set_xlim(0, max(100, *limits) * 1.45)
         right.set_xticks([0, 50, 100])
         right.axvline(100, color="0.4", linewidth=1)

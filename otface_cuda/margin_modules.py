@@ -105,7 +105,7 @@ class MarginSoftmaxLoss(MarginHead):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         class_weight: Tensor | None = None,
-        store_logits: bool = False,
+        store_logits: bool | None = None,
         chunk_bytes: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -1,4 +1,4 @@
-"""Logits with a margin on the target's cosine, and their softmax loss without ever holding the logits."""
+"""Logits with a margin on the target's cosine, and their softmax loss without ever holding large logits."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ REDUCTIONS = ("none", "mean", "sum")
 
 # What a chunk of classes occupies by default: on the CPU it stays in the cache, on a GPU it keeps the device busy.
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+# Cosines that occupy no more than this are stored by default, for the product that it saves.
+STORED_BYTES = 48 << 20
 
 
 def cosine_margin_logits(
@@ -80,10 +82,10 @@ def margin_softmax_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
-    store_logits: bool = False,
+    store_logits: bool | None = None,
     chunk_bytes: int | None = None,
 ) -> Tensor:
-    r"""The cross entropy of :func:`cosine_margin_logits`, without ever holding the (B, C) logits.
+    r"""The cross entropy of :func:`cosine_margin_logits`, without the (B, C) logits where these are large.
 
     loss_b = log sum_j exp(logit_bj) - logit_{b, label_b}; the classes are taken in chunks, and once more for the
     gradient. The arguments beyond those of :func:`cosine_margin_logits` mean what they mean in ``F.cross_entropy``,
@@ -98,13 +100,14 @@ def margin_softmax_loss(
         class_weight: (C,) weights of the classes in the loss, not negative, without gradient; ``weight`` in
             ``F.cross_entropy``.
         store_logits: keep (B, C) numbers for the gradient, rather than compute them again: three matrix products
-            instead of four.
+            instead of four. By default, where they occupy at most 48 MiB.
         chunk_bytes: what a chunk of classes may occupy, with its products, its weights and their gradients; at least
             64 classes are taken at a time. By default 4 MiB on the CPU and 64 MiB on CUDA. Changes rounding only.
 
     Returns:
         A scalar, or (B,); float64 for float64 inputs, else float32. Gradients in x and weight, as in
-        :func:`cosine_margin_logits`. Beside these, and C numbers, the memory is that of a chunk.
+        :func:`cosine_margin_logits`. Beside these, and C numbers, the memory is that of a chunk
+        and of what is stored.
 
     Raises:
         TypeError, ValueError: as in :func:`cosine_margin_logits`.
@@ -117,8 +120,8 @@ def margin_softmax_loss(
     where = "margin_softmax_loss"
     x, weight, labels = _check_inputs(where, x, weight, labels)
     _checks.check_choice(where, "reduction", reduction, REDUCTIONS)
-    if not isinstance(store_logits, bool):
-        raise _checks.wrong_type(where, "store_logits", "True or False", store_logits)
+    if not (store_logits is None or isinstance(store_logits, bool)):
+        raise _checks.wrong_type(where, "store_logits", "True, False or None", store_logits)
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES[x.device.type]
     settings = margin_autograd.LossSettings(
@@ -129,7 +132,7 @@ def margin_softmax_loss(
         _check_smoothing(where, label_smoothing),
         _product_dtype(x),
         _checks.check_int(where, "chunk_bytes", chunk_bytes, 1),
-        store_logits,
+        needs_graph(x, weight) and _stores(store_logits, x, weight),
     )
     u = None if class_weight is None else _check_class_weight(where, class_weight, x, weight)
     _check_labels(where, labels, weight.shape[0], settings.ignore_index)
@@ -179,6 +182,12 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     if x.device.type == "cpu" or x.dtype == torch.float64:
         return real_dtype(x)
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+
+
+def _stores(store_logits: bool | None, x: Tensor, weight: Tensor) -> bool:
+    if store_logits is not None:
+        return store_logits
+    return x.shape[0] * weight.shape[0] * real_dtype(x).itemsize <= STORED_BYTES
 
 
 def _check_margin(where: str, margin: Any) -> Margin:

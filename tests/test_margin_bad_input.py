@@ -103,7 +103,7 @@ LOSS_CASES: dict[str, dict[str, Case]] = {
     },
     "store_logits": {
         "int": Case(1, TypeError, "got 1"),
-        "none": Case(None, TypeError, "got None"),
+        "word": Case("yes", TypeError, "got 'yes'"),
     },
     "chunk_bytes": {
         "zero": Case(0, ValueError, "got 0"),

@@ -75,10 +75,10 @@ def test_same_results(module: Any, function: Any, settings: dict[str, Any], defa
 def test_every_setting_is_passed_on(module: Any, function: Any, settings: dict[str, Any], device: str) -> None:
     """A wrong one is refused by name."""
     x, labels = data(device)
+    wrong = {"chunk_bytes": 0, "class_weight": torch.ones(C + 1, device=device), "store_logits": 1}
     for name in settings:
-        wrong = 0 if name == "chunk_bytes" else torch.ones(C + 1, device=device) if name == "class_weight" else None
         with pytest.raises((TypeError, ValueError), match=f"`{name}`"):
-            module(C, D, device=device, **{name: wrong})(x, labels)
+            module(C, D, device=device, **{name: wrong.get(name)})(x, labels)
     for name, arguments in (("num_classes", (0, D)), ("embedding_size", (C, 1.5)), ("num_classes", (True, D))):
         with pytest.raises((TypeError, ValueError), match=f"^{module.__name__}: `{name}` must be"):
             module(*arguments)

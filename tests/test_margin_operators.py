@@ -27,7 +27,7 @@ every_function = pytest.mark.parametrize("function", FUNCTIONS)
     "options",
     [
         {},
-        {"store_logits": True},
+        {"store_logits": False},
         {"label_smoothing": 0.1, "class_weight": torch.linspace(0.1, 2, 70, dtype=torch.float64), "chunk_bytes": 1},
     ],
     ids=str,

@@ -69,7 +69,9 @@ def check_logits(problem: MarginProblem, margin: Margin, scale: float, device: s
 
 def check_loss(problem: MarginProblem, margin: Margin, scale: float, device: str, **options: Any) -> None:
     dtype = problem.x.dtype
-    ours = {name: options.pop(name) for name in ("store_logits", "chunk_bytes") if name in options}
+    # By default such small problems would all be stored: here the logits are computed again unless a test says other.
+    ours = {"store_logits": False}
+    ours |= {name: options.pop(name) for name in ("store_logits", "chunk_bytes") if name in options}
     u = options.pop("class_weight", None)
     expected = gradients(
         margin_softmax_loss_reference,
@@ -381,6 +383,27 @@ def test_chunks_and_stored_logits_change_rounding_only(classes: int, dtype: torc
             actual = gradients(loss, problem, chunk_bytes=chunk_bytes, store_logits=store_logits, **settings)
             torch.testing.assert_close(actual[0], expected[0], rtol=1e-6, atol=2 * logit_error(dtype, 16, 16.0))
             assert_close_gradients(actual[1:], expected_64[1:], gradient_rtol(dtype, problem, 16.0))
+
+
+@pytest.mark.parametrize(
+    ("classes", "store_logits", "stored"),
+    [(786_432, None, True), (786_433, None, False), (786_433, True, True), (40, False, False)],
+)
+def test_what_is_stored(classes: int, store_logits: bool | None, stored: bool, device: str) -> None:
+    """By default as many cosines as fit 48 MiB; and none if there will be no gradient."""
+    problem = random_margin_problem(16, classes, 4, dtype=torch.float32, device=device)
+    settings: dict[str, Any] = {"margin": ArcFace(0.5), "scale": 16.0, "store_logits": store_logits}
+    kept: list[int] = []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        otface_cuda.margin_softmax_loss(problem.x, problem.weight, problem.labels, **settings)
+        assert kept == []
+        otface_cuda.margin_softmax_loss(problem.x.requires_grad_(), problem.weight, problem.labels, **settings)
+    assert (16 * classes in kept) == stored
 
 
 # Determinism
