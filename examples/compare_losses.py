@@ -35,7 +35,7 @@ from face_training.training import LOSSES, Process, Settings, setting_types, tra
 from train_faces import Faces, load_faces, summary
 
 # What suits 64x64 pixels and about 500 people on two cores.
-QUICK = Settings(size=64, stride=8, epochs=40.0)
+QUICK = Settings(size=64, stride=8, epochs=35.0)
 RERANK = (0.2, 0.4, 0.6, 0.8, 1.0)
 
 
