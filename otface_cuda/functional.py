@@ -171,19 +171,8 @@ def sinkhorn_points(
     torch.Size([2, 2])
     """
     where = "sinkhorn_points"
-    for name, points, size in (("x", x, "n"), ("y", y, "m")):
-        _checks.check_floating(where, name, points, f"(B, {size}, d) or ({size}, d)", (2, 3))
-    _checks.check_device(where, "y", y, "x", x)
-    _checks.check_has_kernels(where, "x", x)
-    if x.dim() != y.dim() or x.shape[-1] != y.shape[-1] or (x.dim() == 3 and x.shape[0] != y.shape[0]):
-        expected = f"(m, {x.shape[-1]})" if x.dim() == 2 else f"({x.shape[0]}, m, {x.shape[-1]})"
-        raise _checks.wrong_value(where, "y", f"of shape {expected} to go with `x`", y)
-    if x.dtype != y.dtype:
-        raise _checks.wrong_type(where, "y", f"of the dtype of `x` ({x.dtype})", y)
+    check_points(where, x, y)
     _checks.check_choice(where, "metric", metric, METRICS)
-    if x.shape[-2] == 0 or y.shape[-2] == 0:
-        empty = ("x", x) if x.shape[-2] == 0 else ("y", y)
-        raise _checks.wrong_value(where, empty[0], "at least one point", empty[1])
     batched = x.dim() == 3
     x, y = _without_padding(x, row_lengths), _without_padding(y, col_lengths)
     cost = pairwise_cost(x if batched else x[None], y if batched else y[None], metric)
@@ -204,6 +193,22 @@ def sinkhorn_points(
         grad=grad,
         return_plan=return_plan,
     )
+
+
+def check_points(where: str, x: Any, y: Any) -> None:
+    """Two sets of points that go together: (B, n, d) and (B, m, d), or (n, d) and (m, d)."""
+    for name, points, size in (("x", x, "n"), ("y", y, "m")):
+        _checks.check_floating(where, name, points, f"(B, {size}, d) or ({size}, d)", (2, 3))
+    _checks.check_device(where, "y", y, "x", x)
+    _checks.check_has_kernels(where, "x", x)
+    if x.dim() != y.dim() or x.shape[-1] != y.shape[-1] or (x.dim() == 3 and x.shape[0] != y.shape[0]):
+        expected = f"(m, {x.shape[-1]})" if x.dim() == 2 else f"({x.shape[0]}, m, {x.shape[-1]})"
+        raise _checks.wrong_value(where, "y", f"of shape {expected} to go with `x`", y)
+    if x.dtype != y.dtype:
+        raise _checks.wrong_type(where, "y", f"of the dtype of `x` ({x.dtype})", y)
+    if x.shape[-2] == 0 or y.shape[-2] == 0:
+        empty = ("x", x) if x.shape[-2] == 0 else ("y", y)
+        raise _checks.wrong_value(where, empty[0], "at least one point", empty[1])
 
 
 def _check_and_solve(

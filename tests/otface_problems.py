@@ -93,21 +93,31 @@ def transport_term(
     return total / max(1, active), active
 
 
-def official_head(
-    batch: Batch, *, margin: Margin, scale: float = 64.0, alpha: float = 0.0, beta: float = 0.0, ot_weight: float = 10.0
-) -> Official:
-    x, w = (v / v.norm(dim=1, keepdim=True) for v in (batch.embeddings, batch.weight))
+def official_logits(
+    embeddings: Tensor, labels: Tensor, weight: Tensor, margin: Margin, scale: float
+) -> tuple[Tensor, Tensor]:
+    """With the margin and without it. ArcFace's is by the sum formula, with the fallback of that code."""
+    x, w = (v / v.norm(dim=1, keepdim=True) for v in (embeddings, weight))
     cos = x @ w.T
     rows = torch.arange(len(x))
-    target = cos[rows, batch.labels]
+    target = cos[rows, labels]
     if isinstance(margin, ArcFace):
         m = margin.m
         with_margin = target * math.cos(m) - (1 - target**2).sqrt() * math.sin(m)
-        with_margin = torch.where(target > math.cos(math.pi - m), with_margin, target - m * math.sin(math.pi - m))
+        begins = 0.0 if margin.easy_margin else math.cos(math.pi - m)
+        fallback = target if margin.easy_margin else target - m * math.sin(math.pi - m)
+        with_margin = torch.where(target > begins, with_margin, fallback)
     else:
         assert isinstance(margin, CosFace)
         with_margin = target - margin.m
-    logits = scale * cos.index_put((rows, batch.labels), with_margin)
+    return scale * cos.index_put((rows, labels), with_margin), scale * cos
+
+
+def official_head(
+    batch: Batch, *, margin: Margin, scale: float = 64.0, alpha: float = 0.0, beta: float = 0.0, ot_weight: float = 10.0
+) -> Official:
+    logits, _ = official_logits(batch.embeddings, batch.labels, batch.weight, margin, scale)
+    rows = torch.arange(len(logits))
     margin_loss = (logits.logsumexp(1) - logits[rows, batch.labels]).mean()
     triplets = hard_triplets(batch.embeddings.detach(), batch.labels, alpha)
     ot_loss, active = transport_term(batch.maps, triplets, beta)
