@@ -7,13 +7,17 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import kernel_resources
 import nvcc_report
 import pytest
 import toolchain
+import wheel_contents
 from toolchain import BuildError, Toolkit
+
+import otface_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -220,6 +224,69 @@ def test_kernels_do_not_include_torch():
     for path in (ROOT / "csrc").rglob("*.*"):
         if "torch" not in path.relative_to(ROOT / "csrc").parts:
             assert not including.search(path.read_text()), path
+
+
+# What is packed
+
+
+def tracked() -> list[str]:
+    """The files of the repository, as far as git is there to tell."""
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not done.stdout:
+        pytest.skip("not a checkout")
+    return [name for name in done.stdout.splitlines() if (ROOT / name).exists()]
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> list[str]:
+    """The names in an sdist that is made of a copy of the repository."""
+    files, copy = tracked(), tmp_path_factory.mktemp("source")
+    for name in files:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    (copy / "tools" / "__pycache__").mkdir()
+    (copy / "tools" / "__pycache__" / "toolchain.cpython-311.pyc").touch()
+    program = ["setup.py", "--quiet", "sdist", "--dist-dir", "dist"]
+    env = {**os.environ, "OTFACE_CUDA": "0"}
+    subprocess.run([sys.executable, *program], cwd=copy, env=env, check=True, capture_output=True)
+    (made,) = (copy / "dist").iterdir()
+    assert made.name == f"otface_cuda-{otface_cuda.__version__}.tar.gz"
+    with tarfile.open(made) as packed:
+        return packed.getnames()
+
+
+def test_the_sdist_is_complete(sdist):
+    assert wheel_contents.missing_in_sdist(tracked(), sdist) == []
+    assert not [name for name in sdist if "__pycache__" in name or "/.ci" in name]
+
+
+def test_a_file_that_is_not_packed_is_noticed(sdist):
+    without = [name for name in sdist if not name.endswith("csrc/common/simt.h")]
+    assert wheel_contents.missing_in_sdist(tracked(), without) == ["csrc/common/simt.h"]
+
+
+def test_contents_of_a_wheel():
+    source = ["otface_cuda/__init__.py", "otface_cuda/py.typed", "tests/test_build.py"]
+    wheel = [*source[:2], "otface_cuda/_C.abi3.so", "otface_cuda-0.1.0.dist-info/METADATA"]
+    assert wheel_contents.wrong_in_wheel(source, wheel) == []
+    wheel[1] = "tests/test_build.py"
+    assert wheel_contents.wrong_in_wheel(source, wheel) == [
+        "otface_cuda/py.typed is missing",
+        "tests/test_build.py does not belong there",
+    ]
+
+
+def test_the_package_list_is_complete():
+    """Every folder with an __init__.py is a package of pyproject.toml, and so in a wheel."""
+    folders = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in ROOT.glob("otface_cuda/**/__init__.py")}
+    (line,) = re.findall(r"^packages = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert set(re.findall(r'"([\w.]+)"', line)) == folders
+
+
+def test_the_version_is_the_same_everywhere():
+    version = otface_cuda.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 # What ptxas says of the kernels
