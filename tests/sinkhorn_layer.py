@@ -23,8 +23,8 @@ class SinkhornDistance:
         # 1e-8 as there, which makes the plan larger by the factor 1 + 1e-8 m
         log_mu, log_nu = (torch.tensor(1 / size + 1e-8, dtype=cost.dtype).log() for size in (n, m))
         u, v = cost.new_zeros(cost.shape[:-1]), cost.new_zeros(*cost.shape[:-2], m)
-        for self.iterations in range(1, self.max_iter + 1):
-            before = u
+        for count in range(1, self.max_iter + 1):
+            self.iterations, before = count, u
             u = self.eps * (log_mu - ((v[..., None, :] - cost) / self.eps).logsumexp(-1))
             v = self.eps * (log_nu - ((u[..., :, None] - cost) / self.eps).logsumexp(-2))
             if (u - before).abs().sum(-1).mean() < self.thresh:

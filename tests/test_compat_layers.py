@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import otface_cuda
 from otface_cuda.compat.layers import SinkhornDistance, SinkhornDistanceCost, iterations_until
 
 from . import sinkhorn_layer
@@ -43,17 +44,18 @@ def check(points: list[Tensor], eps: float, max_iter: int, **options: Any) -> in
     n, m = C.shape[-2:]
     dtype = output_dtype(points[0].dtype)
     u = (torch.finfo(dtype).eps + torch.finfo(torch.float64).eps) / 2
-    # |x|^2 + |y|^2 - 2 <x, y> of points within 2 of their centre; it enters the plan divided by eps, and once more by
-    # the other half-step's potential.
-    of_C = 20 * u
-    relative = tolerance(dtype, eps, n, m, theirs.iterations, 2.0, points[0].device).plan + 3 * of_C / eps
+    # |x|^2 + |y|^2 - 2 <x, y>, each at most about the largest cost, in two dimensions; it enters the plan divided by
+    # eps, and once with each potential.
+    span = max(1.0, C.max().item())
+    of_C = 10 * u * span
+    relative = tolerance(dtype, eps, n, m, theirs.iterations, span, points[0].device).plan + 3 * of_C / eps
     larger = 1 + 1e-8 * m  # of the transcription's plan, exactly
     torch.testing.assert_close(out[2], C, rtol=0, atol=of_C)
     torch.testing.assert_close(out[1], plan / larger, rtol=relative, atol=1e-20)
     count = 1 if options.get("reduction", "none") != "sum" else len(C)
-    torch.testing.assert_close(out[0], cost / larger, rtol=0, atol=count * (2 * relative + of_C))
+    torch.testing.assert_close(out[0], cost / larger, rtol=0, atol=count * (span * relative + of_C))
     # 1e-8 changes the gradient by as much as the plan.
-    rtol = gradient_rtol(points[0].dtype, eps, n, m, theirs.iterations) + 3 * of_C / eps + 1e-8 * m
+    rtol = gradient_rtol(points[0].dtype, eps / span, n, m, theirs.iterations) + 3 * of_C / eps + 1e-8 * m
     for x, y in zip(grads, wanted, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=rtol * y.abs().max().item() + of_C)
     return theirs.iterations
@@ -153,6 +155,31 @@ def test_of_a_cost_matrix(batch: int | None, device: str) -> None:
     forbidden = C.clone()
     forbidden[..., 0, 0] = math.inf
     assert (SinkhornDistanceCost(0.2, 40)(forbidden)[1][..., 0, 0] == 0).all()
+
+
+def test_the_two_others_of_that_name() -> None:
+    """What docs/migrating.md says of the layers with forward(mu, nu, C) and with forward(c), from their formulas."""
+    generator = torch.Generator().manual_seed(0)
+    C, mu = (torch.rand(*shape, generator=generator, dtype=torch.float64) for shape in ((6, 4), (6,)))
+    nu = torch.full((4,), mu.sum().item() / 4, dtype=torch.float64)
+    eps, max_iter = 0.2, 5
+    u, v = torch.ones(6, 1).double(), torch.ones(1, 4).double()
+    for _ in range(max_iter):
+        v = eps * (nu.log() - ((u - C) / eps).logsumexp(0))[None]
+        u = eps * (mu.log() - ((v - C) / eps).logsumexp(1))[:, None]
+    init = (None, -eps * mu.log())
+    out = otface_cuda.sinkhorn(C.mT, eps, nu, mu, max_iter=max_iter, return_plan=True, init=init)
+    torch.testing.assert_close(out.plan.mT, ((u + v - C) / eps).exp(), rtol=1e-12, atol=0)
+
+    c = -C
+    u, v = torch.zeros(6, 1).double(), torch.zeros(1, 4).double()
+    for half_step in range(2 * max_iter):
+        if half_step % 2 == 0:
+            u = eps * (math.log(1 / 6) - ((v + c) / eps).logsumexp(1, keepdim=True))
+        else:
+            v = eps * (math.log(1 / 4) - ((u + c) / eps).logsumexp(0, keepdim=True))
+    out = otface_cuda.sinkhorn(-c, eps, max_iter=2 * max_iter // 2, return_plan=True)
+    torch.testing.assert_close(out.plan, ((u + v + c) / eps).exp(), rtol=1e-12, atol=0)
 
 
 def test_signature() -> None:

@@ -41,7 +41,9 @@ def head_for(kind: type[Any], batch: Batch, **settings: Any) -> Any:
 
 
 def call(head: Any, batch: Batch, epoch: int = 0) -> tuple[Any, ...]:
-    rest = (batch.maps, batch.labels, epoch) if isinstance(head, (OTFace_Arcface, OTFace_AMsoftmax)) else (batch.labels,)
+    rest = (
+        (batch.maps, batch.labels, epoch) if isinstance(head, (OTFace_Arcface, OTFace_AMsoftmax)) else (batch.labels,)
+    )
     out: tuple[Any, ...] = head(batch.embeddings, *rest)
     return out
 

@@ -9,6 +9,7 @@
 # PYTHON has the extras test and dev and a torch; the environment that uses the wheel sees its packages, but for torch.
 # The sdist and the wheel are left in build/wheel_check/dist.
 set -euo pipefail
+unset PYTHONPATH
 cd "$(dirname "$0")/.."
 
 python=$(realpath --no-symlinks "$1")
@@ -49,7 +50,6 @@ there=$outside/env/bin/python
 "$there" -m pip install --quiet --no-deps "$use_torch" "${wheels[0]}"
 
 step 'the wheel in use'
-unset PYTHONPATH
 cp -r tests "$outside/tests"
 cp pyproject.toml "$outside" # for pytest, and a test compares the version
 cd "$outside"

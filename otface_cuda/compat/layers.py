@@ -1,9 +1,9 @@
 """`SinkhornDistance`, the layer that many repositories have copied, and the same for a cost matrix.
 
 It is Sinkhorn's iteration in the log domain between point clouds with uniform weights, differentiated through, which
-stops all problems at once when its potentials change little. The original adds 1e-8 to the weights before it takes their
-logarithm, so that its plan and cost are larger than here by the factor 1 + 1e-8 m, with m columns; here the columns of the
-plan sum to 1 / m.
+stops all problems at once when its potentials change little. The original adds 1e-8 to the weights before it takes
+their logarithm, so that its plan and cost are larger than here by the factor 1 + 1e-8 m, with m columns; here the
+columns of the plan sum to 1 / m.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class SinkhornDistanceCost(nn.Module):
 
     >>> cost, pi, C = SinkhornDistanceCost(eps=0.1, max_iter=50)(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
     >>> pi
-    tensor([[5.0000e-01, 2.2699e-05],
-            [2.2699e-05, 5.0000e-01]])
+    tensor([[4.9998e-01, 2.2699e-05],
+            [2.2699e-05, 4.9998e-01]])
     """
 
     def __init__(self, eps: float, max_iter: int, reduction: str = "none", *, thresh: float = 0.1) -> None:
@@ -76,8 +76,8 @@ class SinkhornDistance(SinkhornDistanceCost):
     returned, in float32.
 
     All problems stop together, in the iteration in which the mean over them of sum_i \|u_i - u_i before\| is below
-    ``thresh``, where u = f + eps log(1 / n) is the potential of the rows and begins at 0. So results depend on the batch,
-    and at a small eps the iteration ends early. To find where it stops the host waits for the device in every
+    ``thresh``, where u = f + eps log(1 / n) is the potential of the rows and begins at 0. So results depend on the
+    batch, and at a small eps the iteration ends early. To find where it stops the host waits for the device in every
     iteration, as it does in the original; ``thresh=0`` does exactly ``max_iter`` iterations and waits for nothing.
 
     Args:

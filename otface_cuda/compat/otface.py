@@ -1,12 +1,13 @@
 """The four heads of the OTFace authors' code, by their names: change the import, and their checkpoints load.
 
 Qian, Zhu, Zhao, Yang, Wong 2022, arXiv 2203.14461. Class weights are the parameter ``kernel`` (in_features,
-out_features), normal with standard deviation 0.01; margins are in radians; logits are for ``F.cross_entropy``. The heads
-with transport return it beside the logits, and the training loop adds ten times of it. New code is better off with
-:class:`otface_cuda.OTFaceLoss`, which never holds large logits and adds up the loss itself.
+out_features), normal with standard deviation 0.01; margins are in radians; logits are for ``F.cross_entropy``. The
+heads with transport return it beside the logits, and the training loop adds ten times of it. New code is better off
+with :class:`otface_cuda.OTFaceLoss`, which never holds large logits and adds up the loss itself.
 
-What is put right: only triplets are mined, for any ``alpha``; the second half-step of Sinkhorn has the transposed kernel;
-``OTFace_AMsoftmax`` has an ``alpha``, without which it fails there; and everything stays on the device of the input.
+What is put right: only triplets are mined, for any ``alpha``; the second half-step of Sinkhorn has the transposed
+kernel; ``OTFace_AMsoftmax`` has an ``alpha``, without which it fails there; and everything stays on the device of the
+input.
 """
 
 from __future__ import annotations
