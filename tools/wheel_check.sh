@@ -3,10 +3,12 @@
 # environments that hold nothing but what pyproject.toml asks for; the wheel is then used in another one, with another
 # torch and outside of the sources.
 #
-#   tools/wheel_check.sh PYTHON BUILD_TORCH USE_TORCH
+#   tools/wheel_check.sh PYTHON BUILD_TORCH [USE_TORCH]
+#   tools/wheel_check.sh .venv/bin/python torch==2.13.0
 #   tools/wheel_check.sh .venv/bin/python torch==2.13.0 torch==2.11.0
 #
-# PYTHON has the extras test and dev and a torch; the environment that uses the wheel sees its packages, but for torch.
+# PYTHON has the extras test and dev and a torch. The environment that uses the wheel sees its packages, and so its torch
+# unless USE_TORCH is installed there; that brings its own CUDA libraries and takes minutes.
 # The sdist and the wheel are left in build/wheel_check/dist.
 set -euo pipefail
 unset PYTHONPATH
@@ -14,7 +16,7 @@ cd "$(dirname "$0")/.."
 
 python=$(realpath --no-symlinks "$1")
 build_torch=$2
-use_torch=$3
+use_torch=${3:-}
 work=$PWD/build/wheel_check
 dist=$work/dist
 rm -rf "$work"
@@ -42,12 +44,17 @@ wheels=("$dist"/otface_cuda-*-cp310-abi3-linux_*.whl)
 }
 "$python" tools/wheel_contents.py "$work/source" "$dist"
 
-step "another environment, $use_torch"
+step "another environment, ${use_torch:-the torch of $1}"
 "$python" -m venv "$outside/env"
 there=$outside/env/bin/python
-"$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$("$there" -c \
-  'import sysconfig; print(sysconfig.get_path("purelib"))')/of_python.pth"
-"$there" -m pip install --quiet --no-deps "$use_torch" "${wheels[0]}"
+site='import sysconfig; print(sysconfig.get_path("purelib"))'
+of_python=$("$python" -c "$site")
+of_there=$("$there" -c "$site")
+echo "$of_python" > "$of_there/of_python.pth"
+if [ -n "$use_torch" ]; then
+  "$there" -m pip install --quiet --ignore-installed "$use_torch"
+fi
+"$there" -m pip install --quiet --no-deps --ignore-installed "${wheels[0]}"
 
 step 'the wheel in use'
 cp -r tests "$outside/tests"
@@ -58,9 +65,10 @@ cd "$outside"
 import sys
 import torch, otface_cuda
 assert otface_cuda.__file__.startswith(sys.prefix), otface_cuda.__file__
-assert torch.__version__.split("+")[0] == sys.argv[1].split("=")[-1], torch.__version__
-assert otface_cuda.info().built_with_torch.split("+")[0] == sys.argv[2].split("=")[-1], otface_cuda.info()
-' "$use_torch" "$build_torch"
+used, built = (version.split("+")[0] for version in (torch.__version__, otface_cuda.info().built_with_torch))
+assert used == sys.argv[2].split("=")[-1] if sys.argv[2] else used != built, (used, built)
+assert built == sys.argv[1].split("=")[-1], built
+' "$build_torch" "$use_torch"
 "$there" -m pytest -q -p no:cacheprovider tests/test_info.py tests/test_against_reference.py tests/test_modules.py \
   tests/test_margin_modules.py tests/test_compat_*.py
 "$there" -m mypy --strict --cache-dir="$outside/mypy" tests/typed_use.py
