@@ -154,6 +154,21 @@ def class_labels(where: str, x: Any, like_name: str, like: Tensor) -> Tensor:
     return labels
 
 
+def check_classes(where: str, labels: Tensor, classes: int, ignore_index: int | None = None) -> None:
+    if not checks_data(labels):
+        return
+    wrong = (labels < 0) | (labels >= classes)
+    ignored = ""
+    if ignore_index is not None:
+        wrong &= labels != ignore_index
+        ignored = f", or {ignore_index} for a row to be ignored"
+    if wrong.any():
+        b = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{where}: `labels` must be from 0 to {classes - 1}{ignored}, got {int(labels[b])} for row {b}"
+        )
+
+
 def lengths(
     where: str, name: str, x: Tensor | None, batch: int, size: int, like_name: str, like: Tensor
 ) -> Tensor | None:

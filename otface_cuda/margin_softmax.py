@@ -64,7 +64,7 @@ def cosine_margin_logits(
         _product_dtype(x),
         CHUNK_BYTES[x.device.type],
     )
-    _check_labels(where, labels, weight.shape[0], settings.ignore_index)
+    _checks.check_classes(where, labels, weight.shape[0], settings.ignore_index)
     if needs_graph(x, weight):
         out: Tensor = margin_autograd.CosineMarginLogits.apply(x, weight, labels, settings)
         return out
@@ -135,7 +135,7 @@ def margin_softmax_loss(
         needs_graph(x, weight) and _stores(store_logits, x, weight),
     )
     u = None if class_weight is None else _check_class_weight(where, class_weight, x, weight)
-    _check_labels(where, labels, weight.shape[0], settings.ignore_index)
+    _checks.check_classes(where, labels, weight.shape[0], settings.ignore_index)
     weight_sum = None
     if settings.label_smoothing > 0:
         weight_sum = torch.full((1,), float(weight.shape[0]), dtype=torch.float64, device=x.device)
@@ -235,15 +235,3 @@ def _check_class_weight(where: str, class_weight: Any, x: Tensor, weight: Tensor
             )
     u: Tensor = class_weight.to(real_dtype(x)).contiguous()
     return u
-
-
-def _check_labels(where: str, labels: Tensor, classes: int, ignore_index: int) -> None:
-    if not _checks.checks_data(labels):
-        return
-    wrong = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
-    if wrong.any():
-        b = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"{where}: `labels` must be from 0 to {classes - 1}, or {ignore_index} for a row to be ignored, "
-            f"got {int(labels[b])} for row {b}"
-        )

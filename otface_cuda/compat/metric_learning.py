@@ -1,0 +1,390 @@
+"""The angular losses of pytorch-metric-learning 2.9, for use with its miners, reducers, regularizers and trainers.
+
+They have its conventions: the parameter ``W`` (embedding_size, num_classes) from N(0, 1), the margin of ArcFace in
+degrees, and as the loss the mean over the batch, weighted by how often a miner chose each row. The package itself is
+not imported; what is passed in from it is called by its protocol.
+
+``W`` has that shape, but a row per class in memory (its strides are those of a transposed matrix), because the kernels
+read it so. A ``W`` with other strides, as from ``load_state_dict(..., assign=True)``, is copied in each call.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from .. import _checks, margins
+from ..margin_softmax import cosine_margin_logits, margin_softmax_loss
+
+__all__ = ["ArcFaceLoss", "CosFaceLoss", "SphereFaceLoss", "SubCenterArcFaceLoss"]
+
+IGNORED = -100
+
+
+class _AngularLoss(nn.Module, ABC):
+    """What all have; they differ in the margin, and in what becomes of the cosines.
+
+    Args:
+        num_classes, embedding_size: of the parameter ``W`` (embedding_size, num_classes).
+        margin, scale: may be changed later, as attributes.
+        weight_init_func: fills ``W`` in place; by default from N(0, 1).
+        weight_regularizer, weight_reg_weight: a function of the class weights (C, d), and a factor of what it returns,
+            which is added to the loss.
+        embedding_regularizer, embedding_reg_weight: the same of the embeddings.
+        reducer: called with (loss_dict, embeddings, labels) instead of taking the mean; it is copied.
+        distance: None or a plain ``CosineSimilarity()``.
+        collect_stats: leave the mean angle to the own class as attribute ``avg_angle``, in degrees; waits for a GPU.
+    """
+
+    sub_centers = 1
+    avg_angle = 0.0
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float,
+        scale: float,
+        *,
+        weight_init_func: Callable[[Tensor], Any] | None = None,
+        weight_regularizer: Callable[[Tensor], Tensor] | None = None,
+        weight_reg_weight: float = 1,
+        embedding_regularizer: Callable[[Tensor], Tensor] | None = None,
+        embedding_reg_weight: float = 1,
+        reducer: Any = None,
+        distance: Any = None,
+        collect_stats: bool | None = None,
+    ) -> None:
+        super().__init__()
+        where = type(self).__name__
+        self.num_classes = _checks.check_int(where, "num_classes", num_classes, 1)
+        self.embedding_size = _checks.check_int(where, "embedding_size", embedding_size, 1)
+        self.margin = margin
+        if _checks.check_finite(where, "scale", scale) <= 0:
+            raise _checks.wrong_value(where, "scale", "positive", scale)
+        self.scale = scale
+        self.weight_init_func = nn.init.normal_ if weight_init_func is None else weight_init_func
+        self.weight_regularizer = weight_regularizer
+        self.weight_reg_weight = weight_reg_weight
+        self.embedding_regularizer = embedding_regularizer
+        self.embedding_reg_weight = embedding_reg_weight
+        self.reducer = reducer if _takes_all_losses(reducer) else copy.deepcopy(reducer)
+        _check_distance(where, distance)
+        self.distance = distance
+        self.collect_stats = bool(collect_stats)
+        self._record_these = ["num_classes", "margin", "scale"]  # for the trainers' records
+        self._record_these_stats = ["avg_angle"] if self.collect_stats else []
+        self.W = nn.Parameter(torch.empty(embedding_size, num_classes))
+        self.weight_init_func(self.W)
+        self.W.data = self.W.data.t().contiguous().t()
+
+    @abstractmethod
+    def _margin(self) -> margins.Margin:
+        """The margin, of the attributes as they are now."""
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Sequence[Tensor] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Any:
+        """Embeddings (B, d) and labels (B,), with indices of a miner, to a scalar, or to what the reducer returns."""
+        where = type(self).__name__
+        if labels is None:
+            raise ValueError(f"{where}: `labels` must be given")
+        if ref_emb is not None and not (ref_emb is embeddings and ref_labels is labels):
+            raise ValueError(f"{where}: `ref_emb` must be None: the embeddings are compared with classes")
+        x, weight = self._operands(embeddings)
+        labels = self._labels(labels, embeddings)
+        if self.collect_stats:
+            cos = _own_cosines(x.detach(), weight.detach(), labels, self.sub_centers).amax(1)
+            self.avg_angle = cos.clamp(-1, 1).acos().mean().rad2deg().item()
+        losses = self._losses(x, weight, labels)
+        if indices_tuple is not None:
+            losses = losses * _frequencies(indices_tuple, losses)
+        loss_dict = {
+            "loss": {
+                "losses": losses,
+                "indices": torch.arange(len(losses), device=losses.device),
+                "reduction_type": "element",
+            }
+        }
+        if self.weight_regularizer is not None:
+            loss_dict["weight_reg_loss"] = _reduced(self.weight_regularizer(self.W.t()) * self.weight_reg_weight)
+        if self.embedding_regularizer is not None:
+            of_embeddings = self.embedding_regularizer(embeddings) * self.embedding_reg_weight
+            loss_dict["embedding_reg_loss"] = _reduced(of_embeddings)
+        return self._reduce(loss_dict, embeddings, labels)
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """Logits (B, C) without a margin, for inference."""
+        return self._logits(*self._operands(embeddings), None)
+
+    def _operands(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, d) and weights (C, d), in the wider of their dtypes."""
+        where = type(self).__name__
+        _checks.check_floating(where, "embeddings", embeddings, f"(B, {self.embedding_size})", (2,))
+        if embeddings.shape[1] != self.embedding_size:
+            raise _checks.wrong_value(where, "embeddings", f"of shape (B, {self.embedding_size})", embeddings)
+        if self.W.device != embeddings.device:
+            self.W.data = self.W.data.to(embeddings.device)
+        dtype = torch.promote_types(embeddings.dtype, self.W.dtype)
+        return embeddings.to(dtype), self.W.to(dtype).t()
+
+    def _labels(self, labels: Any, embeddings: Tensor) -> Tensor:
+        """(B,) int64 on the device of the embeddings."""
+        where = type(self).__name__
+        if isinstance(labels, Tensor):
+            labels = labels.to(embeddings.device)
+        whole = _checks.class_labels(where, labels, "embeddings", embeddings)
+        _checks.check_classes(where, whole, self.num_classes, IGNORED)
+        return whole
+
+    def _logits(self, x: Tensor, weight: Tensor, labels: Tensor | None) -> Tensor:
+        """(B, C), with the margin if there are labels."""
+        if labels is None:
+            labels = torch.full(x.shape[:1], IGNORED, device=x.device)
+        return cosine_margin_logits(x, weight, labels, margin=self._margin(), scale=self.scale)
+
+    def _losses(self, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        """(B,)."""
+        return F.cross_entropy(self._logits(x, weight, labels), labels, reduction="none")
+
+    def _reduce(self, loss_dict: dict[str, Any], embeddings: Tensor, labels: Tensor) -> Any:
+        if _takes_all_losses(self.reducer):
+            return self.reducer(loss_dict, embeddings, labels)
+        loss = loss_dict.pop("loss")
+        total = loss["losses"].mean() if self.reducer is None else self.reducer({"loss": loss}, embeddings, labels)
+        for regularizer in loss_dict.values():
+            total = total + regularizer["losses"]
+        return total
+
+
+class _FusedLoss(_AngularLoss):
+    """Without logits in memory where these are large."""
+
+    def _losses(self, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return margin_softmax_loss(
+            x, weight, labels, margin=self._margin(), scale=self.scale, reduction="none", ignore_index=IGNORED
+        )
+
+
+class ArcFaceLoss(_FusedLoss):
+    r"""cos(theta + margin) for the own class, and cos(theta) - margin sin(margin) beyond theta = pi - margin.
+
+    Large logits are never held: see :func:`otface_cuda.margin_softmax_loss`. The gradient is exact and finite, also
+    where \|cos(theta)\| = 1 and the original's is NaN. Half types are computed, and the loss returned, in float32, and
+    ``W`` keeps its dtype, which the original changes to that of each batch. A ``W`` on another device than the
+    embeddings is moved to theirs.
+
+    ``forward(embeddings, labels, indices_tuple=None, ref_emb=None, ref_labels=None)`` takes embeddings (B, d), labels
+    (B,) from 0 to num_classes - 1 (or -100: the loss of the row is 0), and the three or four tensors of indices of a miner: the loss of a row is multiplied
+    by how often it occurs in them, relative to the row that occurs most often, and the mean is over all rows.
+    References cannot be compared with: they are a ValueError. ``get_logits(embeddings)`` returns (B, C) without a
+    margin.
+
+    Args:
+        num_classes, embedding_size: of the parameter ``W`` (embedding_size, num_classes).
+        margin: in degrees, from 0 to 180; as attribute in radians.
+        scale: of the cosines, positive.
+        **kwargs: ``weight_init_func``, ``weight_regularizer``, ``weight_reg_weight``, ``embedding_regularizer``,
+            ``embedding_reg_weight``, ``reducer``, ``distance`` (only a plain ``CosineSimilarity()``), ``collect_stats``
+            (the mean angle as ``avg_angle``; False unless given), as in pytorch-metric-learning.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, what was expected and what came.
+        AssertionError: for another ``distance``.
+
+    >>> loss = ArcFaceLoss(num_classes=10, embedding_size=4)
+    >>> loss(torch.randn(3, 4), torch.tensor([0, 7, 2])).backward()
+    >>> loss.W.grad.shape, loss.get_logits(torch.randn(3, 4)).shape
+    (torch.Size([4, 10]), torch.Size([3, 10]))
+    """
+
+    def __init__(
+        self, num_classes: int, embedding_size: int, margin: float = 28.6, scale: float = 64, **kwargs: Any
+    ) -> None:
+        super().__init__(num_classes, embedding_size, _radians(type(self).__name__, margin), scale, **kwargs)
+
+    def _margin(self) -> margins.Margin:
+        return margins.ArcFace(self.margin)
+
+
+class CosFaceLoss(_FusedLoss):
+    """cos(theta) - margin for the own class; everything else as in :class:`ArcFaceLoss`.
+
+    >>> loss = CosFaceLoss(num_classes=10, embedding_size=4, margin=0.2)
+    >>> loss(torch.randn(3, 4), torch.tensor([0, 7, 2])).shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self, num_classes: int, embedding_size: int, margin: float = 0.35, scale: float = 64, **kwargs: Any
+    ) -> None:
+        super().__init__(num_classes, embedding_size, margin, scale, **kwargs)
+        self._margin()
+
+    def _margin(self) -> margins.Margin:
+        return margins.CosFace(self.margin)
+
+
+class SphereFaceLoss(_AngularLoss):
+    r"""(-1)^k cos(margin theta) - 2 k for the own class, with k = floor(margin theta / pi), and all logits times \|x\|.
+
+    Everything else as in :class:`ArcFaceLoss`, but for the memory: because of the length of x, which gets a gradient
+    too, the logits (B, C) are held.
+
+    Args:
+        margin: at least 1; a fraction is cut off.
+
+    >>> loss = SphereFaceLoss(num_classes=10, embedding_size=4)
+    >>> x = torch.randn(3, 4)
+    >>> bool(torch.allclose(loss.get_logits(2 * x), 2 * loss.get_logits(x)))
+    True
+    """
+
+    def __init__(
+        self, num_classes: int, embedding_size: int, margin: float = 4, scale: float = 1, **kwargs: Any
+    ) -> None:
+        super().__init__(num_classes, embedding_size, int(margin), scale, **kwargs)
+        self._margin()
+
+    def _margin(self) -> margins.Margin:
+        return margins.SphereFace(self.margin)
+
+    def _logits(self, x: Tensor, weight: Tensor, labels: Tensor | None) -> Tensor:
+        return super()._logits(x, weight, labels) * torch.linalg.vector_norm(x, dim=1, keepdim=True)
+
+
+class SubCenterArcFaceLoss(_AngularLoss):
+    """:class:`ArcFaceLoss` with several weight vectors per class, of which the nearest counts.
+
+    Deng, Guo, Liu, Gong, Zafeiriou: Sub-center ArcFace, ECCV 2020. The logits of all sub-centers
+    (B, num_classes * sub_centers) are held.
+
+    Args:
+        sub_centers: how many a class has; ``W`` is (embedding_size, num_classes * sub_centers), those of a class
+            side by side.
+
+    >>> loss = SubCenterArcFaceLoss(num_classes=10, embedding_size=4)
+    >>> loss.W.shape, loss.get_logits(torch.randn(3, 4)).shape
+    (torch.Size([4, 30]), torch.Size([3, 10]))
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 28.6,
+        scale: float = 64,
+        sub_centers: int = 3,
+        **kwargs: Any,
+    ) -> None:
+        where = type(self).__name__
+        classes = _checks.check_int(where, "num_classes", num_classes, 1)
+        columns = classes * _checks.check_int(where, "sub_centers", sub_centers, 1)
+        super().__init__(columns, embedding_size, _radians(where, margin), scale, **kwargs)
+        self.num_classes = classes
+        self.sub_centers = sub_centers
+
+    def _margin(self) -> margins.Margin:
+        return margins.ArcFace(self.margin)
+
+    def _logits(self, x: Tensor, weight: Tensor, labels: Tensor | None) -> Tensor:
+        if labels is None:
+            return self._nearest(super()._logits(x, weight, None))
+        own = labels.clamp(0, self.num_classes - 1)
+        nearest = _own_cosines(x.detach(), weight.detach(), labels, self.sub_centers).argmax(1)
+        column = own * self.sub_centers + nearest
+        logits = super()._logits(x, weight, column.where(labels == own, IGNORED))
+        # With its margin the nearest may not be the nearest any more: it counts all the same.
+        return self._nearest(logits).scatter(1, own[:, None], logits.gather(1, column[:, None]))
+
+    def _nearest(self, logits: Tensor) -> Tensor:
+        return logits.unflatten(1, (self.num_classes, self.sub_centers)).max(2).values
+
+    @torch.no_grad()
+    def get_outliers(
+        self, embeddings: Tensor, labels: Tensor, threshold: float = 75, return_dominant_centers: bool = True
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Rows at more than an angle from the dominant sub-center of their class, to be left out of the training set.
+
+        The dominant one is the nearest to most rows of the class, the first if there are several.
+
+        Args:
+            embeddings, labels: (N, d) and (N,), often of all training data.
+            threshold: the angle in degrees.
+            return_dominant_centers: also return (d, C), the dominant sub-centers, zero for a class without rows.
+
+        Returns:
+            Row numbers, int64, by class; or these and the sub-centers. The original returns both in any case, float32
+            instead of int64 where there are no outliers, and what was in memory for a class without rows.
+
+        >>> loss = SubCenterArcFaceLoss(num_classes=2, embedding_size=2, sub_centers=2)
+        >>> _ = loss.W.data.copy_(torch.tensor([[1.0, 0.0, -1.0, 0.0], [0.0, 1.0, 0.0, -1.0]]))
+        >>> x = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.1]])
+        >>> loss.get_outliers(x, torch.tensor([0, 0, 0]))
+        (tensor([1]), tensor([[1., 0.],
+                [0., 0.]]))
+        """
+        x, weight = self._operands(embeddings)
+        labels = self._labels(labels, embeddings)
+        cosines = _own_cosines(x, weight, labels, self.sub_centers)
+        votes = weight.new_zeros(self.num_classes, self.sub_centers, dtype=torch.int64)
+        own = labels.clamp(0, self.num_classes - 1)
+        votes.index_put_((own, cosines.argmax(1)), (labels == own).long(), accumulate=True)
+        dominant = votes.argmax(1)
+        is_far = cosines.gather(1, dominant[own][:, None])[:, 0] < math.cos(math.radians(threshold))
+        is_far &= labels == own
+        by_class = labels.argsort(stable=True)
+        outliers = by_class[is_far[by_class]]
+        if not return_dominant_centers:
+            return outliers
+        centers = weight[torch.arange(self.num_classes, device=x.device) * self.sub_centers + dominant]
+        return outliers, (centers * votes.any(1, keepdim=True)).to(embeddings.dtype).t()
+
+
+def _own_cosines(x: Tensor, weight: Tensor, labels: Tensor, sub_centers: int) -> Tensor:
+    """(B, sub_centers), with those of the own class; for an ignored label with those of the first."""
+    first = labels.clamp(0, len(weight) // sub_centers - 1) * sub_centers
+    return torch.stack([F.cosine_similarity(x, weight[first + k]) for k in range(sub_centers)], dim=1)
+
+
+def _frequencies(indices_tuple: Sequence[Tensor], losses: Tensor) -> Tensor:
+    """(B,): how often a row occurs in the indices, relative to the one that occurs most often."""
+    indices = torch.cat([i.to(losses.device) for i in indices_tuple])
+    if len(indices) == 0:
+        return torch.ones_like(losses)
+    counts = torch.zeros_like(losses).index_add(0, indices, torch.ones_like(indices, dtype=losses.dtype))
+    return counts / counts.max()
+
+
+def _reduced(loss: Tensor) -> dict[str, Any]:
+    return {"losses": loss, "indices": None, "reduction_type": "already_reduced"}
+
+
+def _takes_all_losses(reducer: Any) -> bool:
+    """Of the reducers of pytorch-metric-learning, two take the loss together with those of the regularizers."""
+    return any(base.__name__ in ("MultipleReducers", "DoNothingReducer") for base in type(reducer).__mro__)
+
+
+def _check_distance(where: str, distance: Any) -> None:
+    if distance is None:
+        return
+    if type(distance).__name__ != "CosineSimilarity" or (distance.p, distance.power) != (2, 1):
+        raise AssertionError(f"{where}: `distance` must be None or CosineSimilarity(), got {_checks.describe(distance)}")
+
+
+def _radians(where: str, margin: Any) -> float:
+    if not 0 <= _checks.check_finite(where, "margin", margin) <= 180:
+        raise _checks.wrong_value(where, "margin", "an angle from 0 to 180, in degrees", margin)
+    return math.radians(margin)
