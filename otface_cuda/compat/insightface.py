@@ -85,9 +85,7 @@ class CombinedMarginLoss(_MarginLoss):
             [ 0., 10.]])
     """
 
-    def __init__(
-        self, s: float, m1: float, m2: float, m3: float, interclass_filtering_threshold: float = 0
-    ) -> None:
+    def __init__(self, s: float, m1: float, m2: float, m3: float, interclass_filtering_threshold: float = 0) -> None:
         super().__init__(s)
         self.m1 = m1
         self.m2 = m2
@@ -101,8 +99,8 @@ class CombinedMarginLoss(_MarginLoss):
         if self.m3 > 0:
             return margins.CosFace(self.m3)
         raise ValueError(
-            "CombinedMarginLoss: `m1` and `m3` must be 1 and 0 for a margin of m2 on the angle, or `m3` positive for one "
-            f"of m3 on the cosine, got m1={self.m1} and m3={self.m3}"
+            "CombinedMarginLoss: `m1` and `m3` must be 1 and 0 for a margin of m2 on the angle, or `m3` positive for "
+            f"one of m3 on the cosine, got m1={self.m1} and m3={self.m3}"
         )
 
 
