@@ -316,7 +316,7 @@ def test_references(name: str) -> None:
 def test_distances(name: str) -> None:
     options = {"num_classes": C, "embedding_size": D}
     for module in (ours, losses):
-        with pytest.raises(AssertionError, match="CosineSimilarity|distance"):
+        with pytest.raises(AssertionError, match="CosineSimilarity"):
             getattr(module, name)(**options, distance=distances.LpDistance())
     x, labels = batch()
     assert_same(*pair(name, distance=distances.CosineSimilarity()), x, labels)
@@ -346,7 +346,7 @@ def test_wrong_calls(name: str, args: Any, error: type[Exception], message: str)
     mine, theirs = pair(name)
     with pytest.raises(error, match=f"{name}: .*{message}"):
         mine(*args)
-    with pytest.raises(Exception):  # noqa: B017, PT011: of one type or another
+    with pytest.raises((ValueError, TypeError, IndexError, RuntimeError)):
         theirs(*args)
 
 
