@@ -166,7 +166,7 @@ COSINES, LABELS = torch.zeros(B, C), torch.zeros(B, dtype=torch.int64)
     ],
 )
 def test_wrong_cosines(args: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"ArcFace: {message}"):
+    with pytest.raises(error, match=f"ArcFace: .*{message}"):
         ArcFace()(*args)
 
 
@@ -204,7 +204,8 @@ def assert_same(head: PartialFC_V2, x: Tensor, labels: Tensor, settings: tuple[f
         atol=logit_error(dtype, x.shape[1], scale),
     )  # fmt: skip
     for name, a, e in zip(("x", "weight"), actual[1:], expected[1:], strict=True):
-        atol = gradient_rtol(dtype, problem, scale) * e.abs().max().item()
+        # torch's softmax rounds what a probability lacks of 1 to eps, in float64.
+        atol = gradient_rtol(dtype, problem, scale) * e.abs().max().item() + 4 * scale * torch.finfo(e.dtype).eps
         torch.testing.assert_close(a.double(), e, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -367,7 +368,7 @@ def test_parameters() -> None:
     ],
 )
 def test_wrong_classifiers(args: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"PartialFC_V2: {message}"):
+    with pytest.raises(error, match=f"PartialFC_V2: .*{message}"):
         PartialFC_V2(*args)
 
 
@@ -395,5 +396,5 @@ X = torch.zeros(B, D)
     ],
 )
 def test_wrong_batches(args: Any, error: type[Exception], message: str, rate: float) -> None:
-    with pytest.raises(error, match=f"PartialFC_V2: {message}"):
+    with pytest.raises(error, match=f"PartialFC_V2: .*{message}"):
         PartialFC_V2(ArcFace(), D, C, rate)(*args)

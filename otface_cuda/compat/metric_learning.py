@@ -36,7 +36,7 @@ class ArcFaceLoss(_FusedLoss):
     r"""cos(theta + margin) for the own class, and cos(theta) - margin sin(margin) beyond theta = pi - margin.
 
     Large logits are never held: see :func:`otface_cuda.margin_softmax_loss`. The gradient is exact and finite, also
-    where \|cos(theta)\| = 1 and the original's is NaN. Half types are computed, and the loss returned, in float32, and
+    where \|cos(theta)\| = 1. Half types are computed, and the loss returned, in float32, and
     ``W`` keeps its dtype, which the original changes to that of each batch. A ``W`` on another device than the
     embeddings is moved to theirs.
 
