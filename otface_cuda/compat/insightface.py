@@ -210,7 +210,8 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         return torch.searchsorted(self.weight_index, target).where(labels == target, -1)
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
-        where, x, weight = "PartialFC_V2", local_embeddings, self.weight
+        where, x = "PartialFC_V2", local_embeddings
+        weight: Tensor = self.weight
         _checks.check_floating(where, "local_embeddings", x, f"(B, {self.embedding_size})", (2,))
         labels = _flat_labels(where, local_labels, "local_embeddings", x)
         _checks.check_classes(where, labels, self.num_classes)

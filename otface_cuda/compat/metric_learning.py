@@ -116,7 +116,8 @@ class SphereFaceLoss(AngularLoss):
         return margins.SphereFace(self.margin)
 
     def _logits(self, x: Tensor, weight: Tensor, labels: Tensor | None) -> Tensor:
-        return super()._logits(x, weight, labels) * torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        length: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        return super()._logits(x, weight, labels) * length
 
 
 class SubCenterArcFaceLoss(AngularLoss):
@@ -164,7 +165,8 @@ class SubCenterArcFaceLoss(AngularLoss):
         return self._nearest(logits).scatter(1, own[:, None], logits.gather(1, column[:, None]))
 
     def _nearest(self, logits: Tensor) -> Tensor:
-        return logits.unflatten(1, (self.num_classes, self.sub_centers)).max(2).values
+        by_class: Tensor = logits.unflatten(1, (self.num_classes, self.sub_centers))
+        return by_class.max(2).values
 
     @torch.no_grad()
     def get_outliers(
@@ -204,7 +206,7 @@ class SubCenterArcFaceLoss(AngularLoss):
         if not return_dominant_centers:
             return outliers
         centers = weight[torch.arange(self.num_classes, device=x.device) * self.sub_centers + dominant]
-        return outliers, (centers * votes.any(1, keepdim=True)).to(embeddings.dtype).t()
+        return outliers, centers.where(votes.any(1, keepdim=True), 0).to(embeddings.dtype).t()
 
 
 def _radians(where: str, margin: Any) -> float:
