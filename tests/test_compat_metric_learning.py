@@ -33,6 +33,7 @@ def pair(name: str, classes: int = C, size: int = D, dtype: torch.dtype = torch.
     """Ours, and the original in float64, with the same class weights."""
     options = {"scale": SCALES[name]} | options
     mine = getattr(ours, name)(num_classes=classes, embedding_size=size, **options).to(dtype)
+    mine.W.data.copy_(random_margin_problem(B, mine.W.shape[1], size).weight.t())  # does not depend on other tests
     theirs = getattr(losses, name)(num_classes=classes, embedding_size=size, **options).double()
     theirs.load_state_dict(mine.state_dict())
     return mine, theirs
@@ -443,7 +444,7 @@ def test_no_rows(name: str) -> None:
     assert mine.get_logits(x).shape == (0, C)
 
 
-@pytest.mark.parametrize("threshold", [40, 75])
+@pytest.mark.parametrize("threshold", [75, 90])
 @pytest.mark.parametrize("sub_centers", [1, 3])
 def test_outliers(threshold: float, sub_centers: int) -> None:
     mine, theirs = pair("SubCenterArcFaceLoss", sub_centers=sub_centers)
