@@ -1,0 +1,65 @@
+"""When POT stops: after iteration 1, 11, 21, ... it compares a norm of the marginal error with the tolerance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..functional import SinkhornOutput
+
+PERIOD = 10
+
+
+class Run(NamedTuple):
+    """The iterations that POT would do."""
+
+    n_iter: int
+    out: SinkhornOutput | None
+    """The state after them, with its plan; None where a tolerance of 0 made it unnecessary to look for n_iter."""
+    converged: bool
+
+
+def run_as_pot(
+    solve: Callable[..., SinkhornOutput],
+    init: tuple[None, Tensor] | None,
+    a: Tensor,
+    *,
+    max_iter: int,
+    tol: float,
+    norm: Callable[[Tensor], Tensor],
+    on_check: Callable[[int, Tensor], None] | None = None,
+) -> Run:
+    """Iterate until ``norm(P 1 - a) < tol`` at one of POT's checks. Waits for the device once per look.
+
+    `norm` takes the (B, n) differences of all problems, which stop together, and is at least the largest L2 norm of
+    one. So it cannot be below `tol` while the L1 norm of one is above ``sqrt(n) * tol``, and up to that point the
+    kernel finds the way by itself, in one call. With `on_check`, which gets each iteration looked at and its error,
+    there is no such jump.
+    """
+    if tol == 0 and on_check is None:
+        return Run(max_iter, None, False)
+    with torch.no_grad():
+        out, done = solve(init=init, max_iter=1, return_plan=True), 1
+        jump = on_check is None
+        while True:
+            assert out.plan is not None
+            error = norm(out.plan.sum(2) - a)
+            if on_check is not None:
+                on_check(done, error)
+            if bool(error < tol) or done == max_iter:
+                return Run(done, out, bool(error < tol))
+            start, steps = (None, out.g), min(PERIOD, max_iter - done)
+            if jump:
+                bound = a.shape[1] ** 0.5 * tol / a.double().sum(1)  # in the unit of SinkhornOutput.error
+                out = solve(init=start, max_iter=max_iter - done, tol=bound, check_every=PERIOD, return_plan=True)
+                fewest, steps = (int(x) for x in out.n_iter.aminmax())
+                steps = steps or max_iter - done  # 0: no problem has a solution
+            if not jump or fewest != steps:  # all do as many as the slowest
+                out = solve(init=start, max_iter=steps, return_plan=True)
+            jump = False
+            done += steps
+            if steps % PERIOD:  # the end, between two checks
+                return Run(done, out, False)
