@@ -46,12 +46,12 @@ class OTResult(NamedTuple):
 
     @property
     def marginal_a(self) -> Tensor:
-        """(B, ns) the row sums of the plan. (POT 0.9.7 sums over the batch and the rows instead.)"""
+        """(B, ns) the row sums of the plan (POT 0.9.7 gives the column sums, by the axes of a single plan)."""
         return self.plan.sum(2)
 
     @property
     def marginal_b(self) -> Tensor:
-        """(B, nt) the column sums of the plan."""
+        """(B, nt) the column sums of the plan (POT 0.9.7 sums over the batch)."""
         return self.plan.sum(1)
 
     @property
@@ -382,7 +382,8 @@ def _largest_norm(differences: Tensor) -> Tensor:
 
 def _linear(M: Tensor, T: Tensor) -> Tensor:
     """<M, T>. Where there is no plan M may be infinite, or padding and anything."""
-    return (torch.where(T == 0, 0.0, M) * T).sum((1, 2))
+    linear: Tensor = (torch.where(T == 0, 0.0, M) * T).sum((1, 2))
+    return linear
 
 
 def _relative_entropy(T: Tensor, a: Tensor, b: Tensor, reg_type: str) -> Tensor:

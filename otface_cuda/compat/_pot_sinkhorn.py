@@ -25,8 +25,8 @@ def sinkhorn(
     M: Tensor,
     reg: float,
     method: str = "sinkhorn",
-    numItermax: int = 1000,  # noqa: N803
-    stopThr: float = 1e-9,  # noqa: N803
+    numItermax: int = 1000,
+    stopThr: float = 1e-9,
     verbose: bool = False,
     log: bool = False,
     warn: bool = True,
@@ -81,8 +81,8 @@ def sinkhorn2(
     M: Tensor,
     reg: float,
     method: str = "sinkhorn",
-    numItermax: int = 1000,  # noqa: N803
-    stopThr: float = 1e-9,  # noqa: N803
+    numItermax: int = 1000,
+    stopThr: float = 1e-9,
     verbose: bool = False,
     log: bool = False,
     warn: bool = False,
@@ -213,9 +213,7 @@ def _solve(
     offset = torch.where(rows > 0, rows, 1.0).detach().log()
     log_u = -offset if log_u is None else log_u.detach().mT.to(offset) - offset
     init = None, eps.to(offset)[:, None] * torch.where(rows > 0, log_u, 0.0)
-    run = run_as_pot(
-        solve, init, columns.detach(), max_iter=max_iter, tol=tol, norm=_norm, on_check=report.callback()
-    )
+    run = run_as_pot(solve, init, columns.detach(), max_iter=max_iter, tol=tol, norm=_norm, on_check=report.callback())
     out = run.out
     if out is None or needs_graph(M, a, b):
         grad = "unrolled" if needs_graph(M, a, b) else "envelope"
