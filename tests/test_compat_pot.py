@@ -250,6 +250,22 @@ def test_a_forbidden_pair_is_no_nan() -> None:
         torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("reg_type", ["entropy", "kl"])
+def test_zero_weights(reg_type: str, ot: Any) -> None:
+    """No plan and no NaN. From the second iteration on POT's start, which weighs such columns, is all but forgotten."""
+    cost, a, b = random_problem(2, 9, 14, seed=3, zero_weights=True)
+    assert (a == 0).any()
+    assert (b == 0).any()
+    theirs = ot.batch.solve_batch(cost, 0.3, a, b, 60, 0.0, reg_type="entropy")
+    inputs = leaves(cost, a, b)
+    ours = pot.solve_batch(inputs[0], 0.3, *inputs[1:], 60, 0.0, reg_type=reg_type)
+    torch.testing.assert_close(ours.plan, theirs.plan, rtol=1e-8, atol=1e-12)
+    if reg_type == "entropy":
+        torch.testing.assert_close(ours.value.detach(), theirs.value, rtol=1e-9, atol=1e-12)
+    gradients = torch.autograd.grad(ours.value.sum(), inputs)
+    assert all(x.isfinite().all() for x in (ours.value, *gradients))
+
+
 def test_an_unsolvable_problem_does_not_delay_the_others() -> None:
     cost, a, b = problem((3, 5, 6), torch.float64, False)
     expected = pot.solve_batch(cost[1:], EPS, a[1:], b[1:], tol=1e-4)
@@ -452,6 +468,25 @@ def test_warning_and_printing(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().out == ""
         pot.sinkhorn2(*args, numItermax=15, verbose=True)
     assert [line.split("|")[0].strip() for line in capsys.readouterr().out.splitlines()] == ["It.", "0", "10"]
+
+
+def test_a_tolerance_below_rounding_takes_few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default stopThr with float32: all iterations, as in POT, but not in a hundred calls."""
+    from otface_cuda.compat import _pot_sinkhorn
+
+    calls = []
+
+    def count(*args: Any, **options: Any) -> Any:
+        calls.append(options["max_iter"])
+        return solve(*args, **options)
+
+    solve = _pot_sinkhorn._check_and_solve
+    monkeypatch.setattr(_pot_sinkhorn, "_check_and_solve", count)
+    inputs = single(torch.float32)
+    plan = pot.sinkhorn(*inputs, 0.1)
+    assert sum(calls) >= 1000
+    assert len(calls) < 30
+    torch.testing.assert_close(plan, pot.sinkhorn(*inputs, 0.1, numItermax=1000, stopThr=0.0))
 
 
 A, B, M = torch.full((2,), 0.5), torch.full((3,), 1 / 3), torch.zeros(2, 3)

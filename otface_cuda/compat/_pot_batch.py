@@ -377,7 +377,7 @@ def _full_weights(
 
 def _largest_norm(differences: Tensor) -> Tensor:
     """A problem without a solution, whose difference is NaN, has no say."""
-    return differences.norm(dim=1).nan_to_num(nan=0.0).max()
+    return torch.linalg.vector_norm(differences, dim=1).nan_to_num(nan=0.0).max()
 
 
 def _linear(M: Tensor, T: Tensor) -> Tensor:

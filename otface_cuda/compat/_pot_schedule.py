@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,22 +37,26 @@ def run_as_pot(
 
     `norm` takes the (B, n) differences of all problems, which stop together, and is at least the largest L2 norm of
     one. So it cannot be below `tol` while the L1 norm of one is above ``sqrt(n) * tol``, and up to that point the
-    kernel finds the way by itself, in one call. With `on_check`, which gets each iteration looked at and its error,
-    there is no such jump.
+    kernel finds the way by itself, in one call. After that come POT's looks, one by one, unless the error no longer
+    falls: then `tol` is below what the dtype can resolve, where POT mostly goes on to `max_iter`, and each stretch is
+    twice the last. With `on_check`, which gets each iteration looked at and its error, all looks are POT's.
     """
     if tol == 0 and on_check is None:
         return Run(max_iter, None, False)
     with torch.no_grad():
         out, done = solve(init=init, max_iter=1, return_plan=True), 1
-        jump = on_check is None
+        jump, stretch, last = on_check is None, PERIOD, math.inf
         while True:
             assert out.plan is not None
-            error = norm(out.plan.sum(2) - a)
+            marginal_error = norm(out.plan.sum(2) - a)
             if on_check is not None:
-                on_check(done, error)
-            if bool(error < tol) or done == max_iter:
-                return Run(done, out, bool(error < tol))
-            start, steps = (None, out.g), min(PERIOD, max_iter - done)
+                on_check(done, marginal_error)
+            error = marginal_error.item()
+            if error < tol or done == max_iter:
+                return Run(done, out, error < tol)
+            if on_check is None and error >= last:
+                stretch *= 2
+            start, steps, last = (None, out.g), min(stretch, max_iter - done), error
             if jump:
                 bound = a.shape[1] ** 0.5 * tol / a.double().sum(1)  # in the unit of SinkhornOutput.error
                 out = solve(init=start, max_iter=max_iter - done, tol=bound, check_every=PERIOD, return_plan=True)

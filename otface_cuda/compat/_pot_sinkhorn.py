@@ -223,7 +223,7 @@ def _solve(
 
 def _norm(differences: Tensor) -> Tensor:
     """Over all problems."""
-    return differences.norm()
+    return torch.linalg.vector_norm(differences)
 
 
 class _Report:
