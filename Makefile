@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml tools/toolchain.py tools/nvcc_report.py $(she
 
 MAKEFLAGS += --no-print-directory
 .NOTPARALLEL:
-.PHONY: test kernels bench bench-margin bench-otface lint clean FORCE
+.PHONY: test kernels bench bench-margin bench-otface bench-compat lint clean FORCE
 
 test: export OTFACE_WERROR = 1
 test: $(VENV)/test
@@ -31,6 +31,9 @@ bench-margin: $(VENV)/bench
 
 bench-otface: $(VENV)/bench
 	$(BIN)/python benchmarks/bench_otface.py $(ARGS)
+
+bench-compat: $(VENV)/bench
+	$(BIN)/python benchmarks/bench_compat.py $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check

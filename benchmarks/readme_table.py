@@ -1,4 +1,4 @@
-"""Put the tables of README.md in, each from the committed result that the comment above it names.
+"""Put the tables of the documents in, each from the committed result that the comment above it names.
 
 python benchmarks/readme_table.py
 """
@@ -18,6 +18,7 @@ from peers import PEERS
 from plot import shown
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "docs/migrating.md")
 MARKED = re.compile(r"(<!-- table of (?P<result>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -33,7 +34,12 @@ def fill(text: str, root: Path = ROOT) -> str:
 
 def render(result: dict[str, Any]) -> str:
     """A Markdown table, one line per row of the benchmark, and a line that says where and how it was measured."""
-    renderers = {"sinkhorn": render_sinkhorn, "margin": render_margin, "otface": render_otface}
+    renderers = {
+        "sinkhorn": render_sinkhorn,
+        "margin": render_margin,
+        "otface": render_otface,
+        "compat": render_compat,
+    }
     return renderers[result.get("benchmark", "sinkhorn")](result)
 
 
@@ -143,6 +149,17 @@ def otface_line(row: dict[str, Any], peers: list[str]) -> list[str]:
     ]
 
 
+def render_compat(result: dict[str, Any]) -> str:
+    rows = [row for row in result["rows"] if "ratio" in row]
+    lines = [["", "original", "replacement", "ratio", "largest difference"], ["---", *["---:"] * 4]]
+    for row in rows:
+        times = (f"{milliseconds(row[side]['median'])} ms" for side in ("original", "replacement"))
+        title = row["title"] + (f"; {row['note']}" if row["note"] else "")
+        lines.append([title, *times, f"{significant(row['ratio'])}x", f"{row['difference']:.0e}"])
+    packages = {f"{row['package']} {row['version']}" for row in rows if row["package"] != "torch"}
+    return markdown(lines, made(result, rows, sorted(packages)))
+
+
 def line(row: dict[str, Any], peers: list[str]) -> list[str]:
     ours, entries = row["ours"], {entry["name"]: entry for entry in row["peers"]}
     kind = "forward + backward" if row["backward"] else "forward"
@@ -158,11 +175,13 @@ def line(row: dict[str, Any], peers: list[str]) -> list[str]:
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    missing = [m["result"] for m in MARKED.finditer(readme.read_text()) if not (ROOT / m["result"]).exists()]
+    missing = []
+    for name in DOCUMENTS:
+        text = (ROOT / name).read_text()
+        missing += [m["result"] for m in MARKED.finditer(text) if not (ROOT / m["result"]).exists()]
+        (ROOT / name).write_text(fill(text))
     for result in missing:
         print(f"readme_table: {result} does not exist, its table is left as it is", file=sys.stderr)
-    readme.write_text(fill(readme.read_text()))
     return 1 if missing else 0
 
 

@@ -99,6 +99,7 @@ def assert_same_result(ours: pot.OTResult, theirs: Any, tolerance: dict[str, flo
         without_constant(*ours.potentials), without_constant(*theirs.potentials), rtol=10 * tolerance["rtol"], atol=0
     )
     assert ours.log == theirs.log
+    assert ours.n_iter == theirs.log["n_iter"] + 1
     assert ours.status is theirs.status is None
     torch.testing.assert_close(ours.marginals, (theirs.plan.sum(2), theirs.plan.sum(1)), **tolerance)
     assert ours.potential_a is ours.potentials[0]

@@ -35,6 +35,11 @@ class OTResult(NamedTuple):
     """``n_iter``: the number of iterations less one, which is how POT counts."""
 
     @property
+    def n_iter(self) -> int:
+        """The number of iterations."""
+        return self.log["n_iter"] + 1
+
+    @property
     def potential_a(self) -> Tensor:
         """(B, ns) the first of `potentials`."""
         return self.potentials[0]
