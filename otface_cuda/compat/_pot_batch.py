@@ -382,7 +382,8 @@ def _full_weights(
 
 def _largest_norm(differences: Tensor) -> Tensor:
     """A problem without a solution, whose difference is NaN, has no say."""
-    return torch.linalg.vector_norm(differences, dim=1).nan_to_num(nan=0.0).max()
+    norms: Tensor = torch.linalg.vector_norm(differences, dim=1)
+    return norms.nan_to_num(nan=0.0).max()
 
 
 def _linear(M: Tensor, T: Tensor) -> Tensor:

@@ -223,7 +223,8 @@ def _solve(
 
 def _norm(differences: Tensor) -> Tensor:
     """Over all problems."""
-    return torch.linalg.vector_norm(differences)
+    norm: Tensor = torch.linalg.vector_norm(differences)
+    return norm
 
 
 class _Report:
