@@ -135,7 +135,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     # The names of the files say enough: the folders are those of one machine.
     command = " ".join(
-        shlex.quote(Path(word).name if word in (str(args.faces), str(args.pairs), str(args.runs)) else word) for word in argv
+        shlex.quote(Path(word).name if word in (str(args.faces), str(args.pairs), str(args.runs)) else word)
+        for word in argv
     )
     result = {
         "command": f"python examples/compare_losses.py {command}",
