@@ -2,10 +2,6 @@
 // messages of the Python side first), and how they make their results.
 #pragma once
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -53,24 +49,10 @@ inline DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
-// Memory that is new to the process comes in pages of 4 KiB, each of which interrupts whoever writes to it first. For a
-// large result on the CPU that takes as long as a tenth of the products that fill it, so huge pages are asked for.
-inline void advise_huge_pages([[maybe_unused]] const Tensor& t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t huge = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t end = begin + static_cast<uintptr_t>(t.numel()) * t.element_size();
-  const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // without them it works too
-#endif
-}
-
 // An empty tensor where nothing is wanted.
 inline Tensor make(const Tensor& like, bool wanted, ScalarType dtype, std::initializer_list<int64_t> shape) {
   const std::vector<int64_t> size = wanted ? std::vector<int64_t>(shape) : std::vector<int64_t>{0};
-  Tensor made = torch::stable::new_empty(like, {size.data(), size.size()}, dtype);
-  if (made.is_cpu()) advise_huge_pages(made);
-  return made;
+  return torch::stable::new_empty(like, {size.data(), size.size()}, dtype);
 }
 
 inline void* data(const Tensor& t, bool wanted = true) { return wanted ? t.mutable_data_ptr() : nullptr; }
