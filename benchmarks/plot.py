@@ -27,9 +27,7 @@ STYLES = {
     "batched": ("#E69F00", "s"),
 }
 OURS_COLOUR = "#D55E00"
-OTHER_COLOUR = (
-    "#999999"  # the margin loss the other way: stored logits for such that are computed again, or the reverse
-)
+OTHER_COLOUR = "#999999"  # the margin loss with the opposite choice of store_logits
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
