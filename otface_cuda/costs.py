@@ -6,6 +6,7 @@ A cost is computed in float32 at least, also under autocast: at small eps an err
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,32 +25,43 @@ def prepare_points(points: Tensor, metric: str) -> Tensor:
     return unit
 
 
-class _UnitLength(torch.autograd.Function):
+class UnitVectors(NamedTuple):
     """A zero vector stays one: cosine 0 with everything, and no gradient. NaN stays in its own vector."""
 
-    @staticmethod
-    def forward(ctx, points: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    unit: Tensor
+    length: Tensor  # of the vectors over their largest coordinate; inf for a zero vector
+    largest: Tensor
+
+    @classmethod
+    def of(cls, points: Tensor) -> UnitVectors:
         if points.shape[-1] == 0:
-            return points.clone()
+            none = points.new_ones((*points.shape[:-1], 1))
+            return cls(points.clone(), none, none)
         # First by the largest coordinate, so that no square leaves the range of the dtype.
         largest = points.abs().amax(-1, keepdim=True)
         largest = torch.where(largest > 0, largest, 1.0)
         scaled = points / largest
         length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
         length = torch.where(length == 0, math.inf, length)
-        unit = scaled.div_(length)
-        ctx.save_for_backward(unit, length, largest)
-        return unit
+        return cls(scaled.div_(length), length, largest)
+
+    def backward(self, grad: Tensor) -> Tensor:
+        # What would only change the length is worth nothing.
+        along = (grad * self.unit).sum(-1, keepdim=True)
+        across = torch.addcmul(grad, self.unit, along, value=-1)
+        return across.div_(self.length).div_(self.largest)
+
+
+class _UnitLength(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, points: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        vectors = UnitVectors.of(points)
+        ctx.save_for_backward(*vectors)
+        return vectors.unit
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        if not ctx.saved_tensors:
-            return grad
-        unit, length, largest = ctx.saved_tensors
-        # What would only change the length is worth nothing.
-        along = (grad * unit).sum(-1, keepdim=True)
-        across = torch.addcmul(grad, unit, along, value=-1)
-        return across.div_(length).div_(largest)
+        return UnitVectors(*ctx.saved_tensors).backward(grad)
 
 
 def cost_of_prepared(x: Tensor, y: Tensor, metric: str) -> Tensor:

@@ -8,8 +8,16 @@ import torch
 from torch import Tensor
 
 from . import _checks, autograd
-from .costs import METRICS, prepare_points
-from .pairs import DEFAULT_CHUNK_BYTES, Distinct, PairSettings, differentiate_pairs, empty_results, solve_pairs
+from .costs import METRICS
+from .pairs import (
+    DEFAULT_CHUNK_BYTES,
+    Distinct,
+    KeptCosts,
+    PairSettings,
+    differentiate_pairs,
+    empty_results,
+    solve_pairs,
+)
 
 KEPT_BYTES = 64 << 20  # of costs, from the forward to the backward; more are computed again
 
@@ -83,9 +91,8 @@ def ot_triplet_loss(
     if chunk_bytes is None:
         chunk_bytes = DEFAULT_CHUNK_BYTES[feature_map.device.type]
     chunk_bytes = _checks.check_int(where, "chunk_bytes", chunk_bytes, 1)
-    prepared = prepare_points(points.contiguous(), metric)
-    arguments = (prepared, triplets.to(torch.int64), strength, n_iter, slack, metric, chunk_bytes)
-    if autograd.needs_graph(prepared):
+    arguments = (points, triplets.to(torch.int64), strength, n_iter, slack, metric, chunk_bytes)
+    if autograd.needs_graph(points):
         loss, n_hard, n_active = _OTTripletLoss.apply(*arguments)
     else:
         loss, n_hard, n_active = torch.ops.otface.ot_triplet_forward(*arguments, False)[:3]
@@ -169,7 +176,7 @@ def _distinct(pairs: _Pairs, rows: Tensor | slice, wanted: Tensor | None = None)
     """These of the pairs as `sinkhorn_pairs` takes them; those not `wanted` are left unsolved."""
     first, second = pairs.listed[rows].unbind(1)
     valid = first >= 0 if wanted is None else (first >= 0) & wanted
-    return Distinct(first.clamp(min=0), second.clamp(min=0), valid, None, None, ordered=True)
+    return Distinct(first.clamp(min=0), second.clamp(min=0), valid, None, None)
 
 
 def _numbers(eps: float, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,22 +196,23 @@ def _kept_shape(triplets: Tensor, points: Tensor) -> tuple[int, ...]:
     """Of the costs that the forward keeps for the gradient: none if they might be too large."""
     p = points.shape[1]
     room = _room(triplets, points)
-    return (room, p, p) if room * p * p * points.element_size() <= KEPT_BYTES else (0, p, p)
+    return (room, p, p) if room * p * p * autograd.real_dtype(points).itemsize <= KEPT_BYTES else (0, p, p)
 
 
 @torch.library.custom_op("otface::ot_triplet_forward", mutates_args=())
 def _forward(
     points: Tensor, triplets: Tensor, eps: float, n_iter: int, beta: float, metric: str, chunk_bytes: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kept = points.new_empty(_kept_shape(triplets, points) if keep else 0)
+    real = autograd.real_dtype(points)
+    kept = points.new_empty(_kept_shape(triplets, points) if keep else 0, dtype=real)
     if len(triplets) == 0 or len(points) == 0:
-        none = points.new_zeros((), dtype=torch.int64)
-        return points.new_zeros(()), none, none.clone(), points.new_zeros(len(triplets)), kept
+        none, loss = points.new_zeros((), dtype=torch.int64), points.new_zeros((), dtype=real)
+        return loss, none, none.clone(), loss.new_zeros(len(triplets)), kept
     counts = triplets.amin(1) >= 0
     n_hard = counts.sum()
     pairs = _pairs_of(triplets, counts, len(points))
     size = len(pairs.listed)
-    distances = points.new_full((size + 1,), torch.nan)  # the last one is that of pairs that do not exist
+    distances = points.new_full((size + 1,), torch.nan, dtype=real)  # the last one is that of pairs that do not exist
     settings = PairSettings(metric, n_iter, n_iter, "unrolled", chunk_bytes)
     strengths, tol = _numbers(eps, size, points)
     out = empty_results(points, pairs.listed)
@@ -229,9 +237,8 @@ def _backward(
     metric: str,
     chunk_bytes: int,
 ) -> Tensor:
-    grad = torch.zeros_like(points)
     if len(triplets) == 0 or len(points) == 0:
-        return grad
+        return torch.zeros_like(points)
     pairs = _pairs_of(triplets, triplets.amin(1) >= 0, len(points))  # as in the forward
     size = len(pairs.listed)
     active = (hinge != 0).long()
@@ -239,30 +246,30 @@ def _backward(
     none = torch.zeros(size + 1, dtype=torch.int64, device=points.device)
     plus = none.index_add(0, pairs.positive, active)[:size]
     minus = none.index_add(0, pairs.negative, active)[:size]
-    grad_distances = (plus - minus).to(points.dtype) * (grad_loss / active.sum().clamp(min=1)) + hinge.sum() * 0
+    grad_distances = (plus - minus).to(hinge.dtype) * (grad_loss / active.sum().clamp(min=1)) + hinge.sum() * 0
     wanted = (plus != minus) | ~grad_distances.isfinite()
+    rows: Tensor | None = None
     if points.device.type == "cpu":
         rows = wanted.nonzero()[:, 0]
-        distinct = _distinct(pairs, rows)
-        grad_distances, kept = grad_distances[rows], kept[rows] if kept.numel() > 0 else kept
+        distinct, grad_distances = _distinct(pairs, rows), grad_distances[rows]
     else:
         distinct = _distinct(pairs, slice(size), wanted)
     strengths, tol = _numbers(eps, len(distinct.first), points)
     settings = PairSettings(metric, n_iter, n_iter, "unrolled", chunk_bytes)
     nothing = points.new_empty(0)
     incoming = autograd.OutputGradients(None, grad_distances, None, None, None)
-    differentiate_pairs(
-        grad, (nothing, nothing), points, distinct, strengths, None, None, tol, settings, nothing, nothing, incoming,
-        kept if kept.numel() > 0 else None,
+    return differentiate_pairs(
+        True, (nothing, nothing), points, distinct, strengths, None, None, tol, settings, nothing, nothing, incoming,
+        KeptCosts(kept, rows) if kept.numel() > 0 else None,
     )  # fmt: skip
-    return grad
 
 
 @_forward.register_fake
 def _(points, triplets, eps, n_iter, beta, metric, chunk_bytes, keep):  # type: ignore[no-untyped-def]
-    count = points.new_empty((), dtype=torch.int64)
-    kept = points.new_empty(_kept_shape(triplets, points) if keep else 0)
-    return points.new_empty(()), count, torch.empty_like(count), points.new_empty(len(triplets)), kept
+    count, real = points.new_empty((), dtype=torch.int64), autograd.real_dtype(points)
+    kept = points.new_empty(_kept_shape(triplets, points) if keep else 0, dtype=real)
+    loss, hinge = (points.new_empty(shape, dtype=real) for shape in ((), len(triplets)))
+    return loss, count, torch.empty_like(count), hinge, kept
 
 
 @_backward.register_fake

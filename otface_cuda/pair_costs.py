@@ -1,76 +1,117 @@
-"""The cost matrices of a stretch of listed pairs, and what their gradient is worth to the features: in two ways."""
+"""The cost matrices of listed pairs of point sets, and what their gradient is worth to the points: in two ways.
+
+Both give, for a stretch of the list, an object with its costs, and add up the gradients of all stretches.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .costs import cost_backward, cost_of_prepared
+from .autograd import real_dtype
+from .costs import UnitVectors, cost_backward, cost_of_prepared
+
+_ops = torch.ops.otface
 
 
-class GatheredCosts:
-    """From copies of both point sets of each pair: nothing is computed in vain."""
+class PairCosts(Protocol):
+    def cost(self, out: Tensor | None = None) -> Tensor:
+        """(K, p, p), into `out` if given."""
 
-    def __init__(self, features: Tensor, first: Tensor, second: Tensor, metric: str) -> None:
-        self.first, self.second, self.metric = first, second, metric
-        self.x, self.y = features.index_select(0, first), features.index_select(0, second)
-
-    def cost(self) -> Tensor:
-        return cost_of_prepared(self.x, self.y, self.metric)
-
-    def add_gradient(self, grad_features: Tensor, grad_cost: Tensor, cost: Tensor) -> None:
-        grad_x, grad_y = cost_backward(grad_cost, cost, self.x, self.y, self.metric)
-        _add_rows(grad_features, self.first, grad_x)
-        _add_rows(grad_features, self.second, grad_y)
+    def add_gradient(self, grad_cost: Tensor, cost: Tensor) -> None:
+        """To the sums of the point sets."""
 
 
-class RowCosts:
-    """Cosine costs of pairs in the order of their first sets, with one product for each of these and all its partners.
+class PointSets(Protocol):
+    def pairs(self, first: Tensor, second: Tensor) -> PairCosts:
+        """Of the sets with these indices."""
 
-    A point set is 49 x 512, say: too small for a product of two of them to be fast, and copying sets takes time too. So
-    only the partners are copied, next to one another, and what they give to the gradient of their set is added up
-    within the product.
+    def gradient(self) -> Tensor:
+        """Of the points (N, p, d), in their dtype and layout, from all that was added."""
+
+
+def point_sets(points: Tensor, metric: str, want_costs: bool = True) -> PointSets:
+    """From points (N, p, d) of any float dtype. Not differentiable. `want_costs`: else gradients only."""
+    if points.device.type == "cpu" and metric == "cosine":
+        return PackedSets(points, want_costs)
+    return CopiedSets(points, metric)
+
+
+class PackedSets:
+    """Cosines by the kernels of csrc/pairs, which read the sets where they lie.
+
+    A set is 49 x 512, say: for the matrix products of a library two of them are too small, and copies take time too.
     """
 
-    def __init__(self, features: Tensor, first: Tensor, second: Tensor) -> None:
-        self.features, self.first, self.second = features, first, second
+    def __init__(self, points: Tensor, want_costs: bool = True) -> None:
+        self.points = points
+        self.rows, self.columns, self.lengths = _ops.pack_points(points, want_costs)
+        self.sums: Tensor | None = None
 
-    def cost(self) -> Tensor:
-        points = self.features.shape[1]
-        cost = self.features.new_empty(len(self.first), points, points)
-        one = self.features.new_ones(())
-        with torch.autocast(self.features.device.type, enabled=False):
-            for i, rows in _runs(self.first):
-                one_less_products = torch.addmm(
-                    one, self.features[i], self._side_by_side(self.second[rows]).T, alpha=-1
-                )
-                cost[rows] = one_less_products.view(points, -1, points).transpose(0, 1)
+    def pairs(self, first: Tensor, second: Tensor) -> _PackedPairs:
+        return _PackedPairs(self, first.contiguous(), second.contiguous())
+
+    def gradient(self) -> Tensor:
+        if self.sums is None:
+            return torch.zeros_like(self.points)
+        grad = torch.empty_like(self.points, dtype=self.rows.dtype)
+        _ops.unpack_gradient(self.sums, self.rows, self.lengths, grad)
+        return grad.to(self.points.dtype)
+
+
+class _PackedPairs:
+    def __init__(self, sets: PackedSets, first: Tensor, second: Tensor) -> None:
+        self.sets, self.first, self.second = sets, first, second
+
+    def cost(self, out: Tensor | None = None) -> Tensor:
+        p = self.sets.points.shape[1]
+        cost = self.sets.rows.new_empty(len(self.first), p, p) if out is None else out
+        _ops.pair_costs(self.sets.rows, self.sets.columns, self.first, self.second, cost)
         return cost
 
-    def add_gradient(self, grad_features: Tensor, grad_cost: Tensor, cost: Tensor) -> None:
-        order = self.second.argsort(stable=True)
-        with torch.autocast(self.features.device.type, enabled=False):
-            for i, rows in _runs(self.first):
-                grad = grad_cost[rows].transpose(0, 1).flatten(1)
-                grad_features[i].addmm_(grad, self._side_by_side(self.second[rows]), alpha=-1)
-            for j, run in _runs(self.second[order]):
-                rows_of_j = order[run]
-                grad = grad_cost[rows_of_j].flatten(0, 1).T
-                grad_features[j].addmm_(grad, self._side_by_side(self.first[rows_of_j]), alpha=-1)
-
-    def _side_by_side(self, partners: Tensor) -> Tensor:
-        return self.features.index_select(0, partners).flatten(0, 1)
+    def add_gradient(self, grad_cost: Tensor, cost: Tensor) -> None:
+        if self.sets.sums is None:
+            self.sets.sums = torch.zeros_like(self.sets.rows)
+        _ops.pair_costs_backward(self.sets.rows, grad_cost, self.first, self.second, self.sets.sums)
 
 
-def _runs(sorted_indices: Tensor) -> Iterator[tuple[int, slice]]:
-    """Each different index, and where it stands."""
-    indices, counts = sorted_indices.unique_consecutive(return_counts=True)
-    begin = 0
-    for index, count in zip(indices.tolist(), counts.tolist(), strict=True):
-        yield index, slice(begin, begin + count)
-        begin += count
+class CopiedSets:
+    """With torch's products of copies of both point sets of each pair."""
+
+    def __init__(self, points: Tensor, metric: str) -> None:
+        self.points, self.metric = points, metric
+        real = points.to(real_dtype(points))
+        self.vectors = UnitVectors.of(real) if metric == "cosine" else None
+        self.prepared = real if self.vectors is None else self.vectors.unit
+        self.sums: Tensor | None = None
+
+    def pairs(self, first: Tensor, second: Tensor) -> _CopiedPairs:
+        return _CopiedPairs(self, first, second)
+
+    def gradient(self) -> Tensor:
+        if self.sums is None:
+            return torch.zeros_like(self.points)
+        grad = self.sums if self.vectors is None else self.vectors.backward(self.sums)
+        return grad.to(self.points.dtype)
+
+
+class _CopiedPairs:
+    def __init__(self, sets: CopiedSets, first: Tensor, second: Tensor) -> None:
+        self.sets, self.first, self.second = sets, first, second
+        self.x, self.y = (sets.prepared.index_select(0, index) for index in (first, second))
+
+    def cost(self, out: Tensor | None = None) -> Tensor:
+        cost = cost_of_prepared(self.x, self.y, self.sets.metric)
+        return cost if out is None else out.copy_(cost)
+
+    def add_gradient(self, grad_cost: Tensor, cost: Tensor) -> None:
+        if self.sets.sums is None:
+            self.sets.sums = torch.zeros_like(self.sets.prepared)
+        grad_x, grad_y = cost_backward(grad_cost, cost, self.x, self.y, self.sets.metric)
+        _add_rows(self.sets.sums, self.first, grad_x)
+        _add_rows(self.sets.sums, self.second, grad_y)
 
 
 def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:

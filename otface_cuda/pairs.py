@@ -1,8 +1,8 @@
 """`sinkhorn_pairs`: optimal transport between the point sets of listed pairs, a bounded chunk of them at a time.
 
-The two operators are opaque to tracing, because the number of different pairs depends on the data. Neither keeps a cost
-matrix: the backward computes those of a chunk again. On CUDA nothing here may wait for the device, so every listed pair
-is solved there, also one that is listed twice.
+The two operators take the points as the user holds them, and are opaque to tracing, because the number of different
+pairs depends on the data. Neither keeps a cost matrix: the backward computes those of a chunk again. On CUDA nothing here
+may wait for the device, so every listed pair is solved there, also one that is listed twice.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from . import _checks, autograd
-from .costs import METRICS, prepare_points
+from .costs import METRICS
 from .functional import SinkhornOutput
-from .pair_costs import GatheredCosts, RowCosts
+from .pair_costs import PackedSets, PairCosts, PointSets, point_sets
 
 # A chunk should stay in a processor's cache, but give a GPU thousands of small problems at a time.
 DEFAULT_CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
-# Both point sets of a pair and their gradients; for the distances also centred copies and the two products of each.
+# Where copies are multiplied: both point sets of a pair and their gradients; for the distances also centred copies and
+# the two products of each.
 COPIES_OF_POINTS = {"cosine": 4, "sqeuclidean": 8, "euclidean": 8}
 
 
@@ -55,9 +56,9 @@ def sinkhorn_pairs(
         max_iter, tol, check_every, grad: as in :func:`otface_cuda.sinkhorn`.
         chunk_bytes: working memory at most, forward and backward, beyond arguments, results and the gradient of
             ``features``: 4 p (4 d + 2 p) bytes a pair in float32 (8 d for the two distances; for the cosine on the CPU
-            4 p (d + 4 p)), and 8 p max_iter more for ``grad="unrolled"``. At least one pair is done at a time.
-            ``None``: 32 MiB on the CPU, 512 MiB on CUDA. The solver's and the matrix products' own working memory comes
-            on top.
+            8 p^2), and 8 p max_iter more for ``grad="unrolled"``. At least one pair is done at a time. ``None``: 32 MiB
+            on the CPU, 512 MiB on CUDA. The features in the order that the products read come on top, and those of the
+            gradient in the backward, up to three times the features in all; so does the solver's own working memory.
 
     Returns:
         :class:`otface_cuda.SinkhornOutput` over the K pairs; ``plan`` is None. Gradients reach ``features``, a and b,
@@ -99,9 +100,8 @@ def sinkhorn_pairs(
     eps = _checks.per_problem(where, "eps", eps, count, "features", features, positive=True)
     tol = _checks.per_problem(where, "tol", tol, count, "features", features, positive=False)
     a, b = _weights(where, a, b, count, features)
-    prepared = prepare_points(features, metric)
-    arguments = (prepared, pairs, eps, a, b, tol, metric, max_iter, check_every, grad, chunk_bytes)
-    if autograd.needs_graph(prepared, a, b):
+    arguments = (features, pairs, eps, a, b, tol, metric, max_iter, check_every, grad, chunk_bytes)
+    if autograd.needs_graph(features, a, b):
         outputs = _SinkhornPairs.apply(*arguments)
     else:
         outputs = torch.ops.otface.sinkhorn_pairs_forward(*arguments)[:7]
@@ -166,7 +166,6 @@ class Distinct(NamedTuple):
     valid: Tensor  # (U,) False where an index was out of range
     listed: Tensor | None  # (U,) the first place in the list where the pair stands; None: U = K, each in its place
     which: Tensor | None  # (K,) into the U
-    ordered: bool  # by first
 
     def places(self, rows: slice) -> slice | Tensor:
         """Where these of the different pairs stand in the list."""
@@ -187,12 +186,12 @@ def _distinct(pairs: Tensor, eps: Tensor, tol: Tensor, points: int, own_weights:
     valid = (first >= 0) & (first < points) & (second >= 0) & (second < points)
     # One that is not valid becomes another one, without leaving the order.
     last = max(0, points - 1)
-    return Distinct(first.clamp(0, last), second.clamp(0, last), valid, listed, which, ordered=listed is not None)
+    return Distinct(first.clamp(0, last), second.clamp(0, last), valid, listed, which)
 
 
 class _Chunk(NamedTuple):
     rows: slice  # of the distinct pairs
-    costs: GatheredCosts | RowCosts
+    costs: PairCosts
     cost: Tensor  # (k, p, p)
     problems: autograd.Problems
 
@@ -208,30 +207,40 @@ class PairSettings(NamedTuple):
         return autograd.Settings("sinkhorn_pairs", self.max_iter, self.check_every, self.grad, False)
 
 
+class KeptCosts(NamedTuple):
+    """Of all listed pairs, from the forward: to be written there, and to be read for some pairs in the backward."""
+
+    costs: Tensor  # (L, p, p)
+    places: Tensor | None  # (U,) of the different pairs; None: U = L
+
+
 def _chunks(
-    features: Tensor,
+    sets: PointSets,
+    points: Tensor,
     distinct: Distinct,
     eps: Tensor,
     a: Tensor | None,
     b: Tensor | None,
     s: PairSettings,
-    kept: Tensor | None = None,
+    write: Tensor | None = None,
+    read: KeptCosts | None = None,
 ) -> Iterator[_Chunk]:
-    """`kept`: the costs (U, p, p), if they are there already."""
+    """`write`: where the costs (U, p, p) go; `read`: where they are already."""
     count = distinct.first.shape[0]
     # An index out of range is solved as some other pair with eps NaN: its results are NaN, nothing is out of bounds.
     eps = torch.where(distinct.valid, eps[distinct.places(slice(count))], torch.nan)
-    _, p, d = features.shape
-    by_row = features.device.type == "cpu" and s.metric == "cosine" and distinct.ordered
-    # By row: the second set, the products, the costs, and the gradients of both; see COPIES_OF_POINTS for the others.
-    per_pair = p * (d + 4 * p) if by_row else p * (COPIES_OF_POINTS[s.metric] * d + 2 * p)
+    _, p, d = points.shape
+    copies = 0 if isinstance(sets, PackedSets) else COPIES_OF_POINTS[s.metric]
     history = 2 * p * s.max_iter if s.grad == "unrolled" else 0
-    size = max(1, s.chunk_bytes // ((per_pair + history) * features.element_size()))
+    per_pair = (p * (copies * d + 2 * p) + history) * autograd.real_dtype(points).itemsize
+    size = max(1, s.chunk_bytes // per_pair)
     for begin in range(0, count, size):
         rows = slice(begin, min(begin + size, count))
-        first, second = distinct.first[rows], distinct.second[rows]
-        costs = RowCosts(features, first, second) if by_row else GatheredCosts(features, first, second, s.metric)
-        cost = costs.cost() if kept is None else kept[rows]
+        costs = sets.pairs(distinct.first[rows], distinct.second[rows])
+        if read is None:
+            cost = costs.cost(None if write is None else write[rows])
+        else:
+            cost = read.costs[rows if read.places is None else read.places[rows]]
         # Where a weight is each pair's own, no two pairs are one problem.
         weights_a, weights_b = (
             None if w is None else w.expand(len(cost), -1) if w.shape[0] == 1 else w[rows] for w in (a, b)
@@ -241,7 +250,7 @@ def _chunks(
 
 def solve_pairs(
     out: tuple[Tensor, ...],
-    features: Tensor,
+    points: Tensor,
     distinct: Distinct,
     eps: Tensor,
     a: Tensor | None,
@@ -251,19 +260,18 @@ def solve_pairs(
     keep: Tensor | None = None,
 ) -> None:
     """Solves the different pairs, and writes the results to their first places in the list, and costs into `keep`."""
-    for chunk in _chunks(features, distinct, eps, a, b, s):
+    sets = point_sets(points, s.metric)
+    for chunk in _chunks(sets, points, distinct, eps, a, b, s, write=keep):
         places = distinct.places(chunk.rows)
-        if keep is not None:
-            keep[chunk.rows] = chunk.cost
         solution = autograd.solve(chunk.problems, tol[places], None, s.for_solver(), False)
         for result, part in zip(out, (*solution[:4], *solution[5:9]), strict=True):
             result[places] = part
 
 
 def differentiate_pairs(
-    grad_features: Tensor | None,
+    want_points: bool,
     grad_weights: Sequence[Tensor],
-    features: Tensor,
+    points: Tensor,
     distinct: Distinct,
     eps: Tensor,
     a: Tensor | None,
@@ -273,12 +281,16 @@ def differentiate_pairs(
     potentials: Tensor,
     n_iter: Tensor,
     incoming: autograd.OutputGradients,
-    kept: Tensor | None = None,
-) -> None:
-    """Adds to the gradients what comes in for the different pairs. `grad_weights` of no element are not wanted."""
+    kept: KeptCosts | None = None,
+) -> Tensor:
+    """The gradient of the points from what comes in for the different pairs, empty if not wanted; those of the weights
+    are added to `grad_weights`, of which the ones without an element are not wanted.
+    """
     want_a, want_b = (x.numel() > 0 for x in grad_weights)
-    wanted = (grad_features is not None, want_a, want_b)
-    for chunk in _chunks(features, distinct, eps, a, b, s, kept):
+    wanted = (want_points, want_a, want_b)
+    sets = point_sets(points, s.metric, want_costs=kept is None)
+    on_cpu = points.device.type == "cpu"
+    for chunk in _chunks(sets, points, distinct, eps, a, b, s, read=kept):
         places = distinct.places(chunk.rows)
         if s.grad == "unrolled":  # its history is not kept: solve once more
             solution = autograd.solve(chunk.problems, tol[places], None, s.for_solver(), True)
@@ -286,12 +298,15 @@ def differentiate_pairs(
             solution = autograd.solution_for_backward(potentials[places], n_iter[places])
         parts = autograd.OutputGradients(*(None if x is None else x[chunk.rows] for x in incoming))
         grads = autograd.gradients(chunk.problems, solution, s.grad, parts, wanted)
-        if grads[0] is not None and grad_features is not None:
-            grads[0].masked_fill_(~distinct.valid[chunk.rows, None, None], 0.0)
-            chunk.costs.add_gradient(grad_features, grads[0], chunk.cost)
+        if grads[0] is not None:
+            valid = distinct.valid[chunk.rows]
+            if not (on_cpu and valid.all()):
+                grads[0].masked_fill_(~valid[:, None, None], 0.0)
+            chunk.costs.add_gradient(grads[0], chunk.cost)
         for out, part in zip(grad_weights, grads[1:], strict=True):
             if part is not None:
                 out[places] = part
+    return sets.gradient() if want_points else points.new_empty(0)
 
 
 @torch.library.custom_op("otface::sinkhorn_pairs_forward", mutates_args=())
@@ -345,8 +360,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     count, points = pairs.shape[0], features.shape[1]
     grad_features = torch.zeros_like(features) if want_features else features.new_empty(0)
+    real = autograd.real_dtype(features)
     grad_weights = [
-        w.new_zeros(count, points) if w is not None and want else features.new_empty(0)
+        w.new_zeros(count, points) if w is not None and want else features.new_empty(0, dtype=real)
         for w, want in ((a, want_a), (b, want_b))
     ]
     if count > 0:
@@ -361,10 +377,9 @@ def _backward(
                 )
             )
         settings = PairSettings(metric, max_iter, check_every, grad, chunk_bytes)
-        differentiate_pairs(
-            grad_features if want_features else None, grad_weights, features, distinct, eps, a, b, tol, settings,
-            potentials, n_iter, incoming,
-        )  # fmt: skip
+        grad_features = differentiate_pairs(
+            want_features, grad_weights, features, distinct, eps, a, b, tol, settings, potentials, n_iter, incoming
+        )
     # A weight that all pairs share gets the sum over the list; one of a pair its own (duplicates were added up above).
     grad_a, grad_b = (
         x.sum(0, keepdim=True) if w is not None and x.numel() > 0 and w.shape[0] == 1 != count else x
@@ -380,13 +395,13 @@ def _one_per_pair(a: Tensor | None, b: Tensor | None) -> bool:
 def empty_results(
     features: Tensor, pairs: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    count, points, new = pairs.shape[0], features.shape[1], features.new_empty
+    count, points, new, real = pairs.shape[0], features.shape[1], features.new_empty, autograd.real_dtype(features)
     return (
-        new(count),
-        new(count),
-        new(count, points),
-        new(count, points),
-        new(count),
+        new(count, dtype=real),
+        new(count, dtype=real),
+        new((count, points), dtype=real),
+        new((count, points), dtype=real),
+        new(count, dtype=real),
         new(count, dtype=torch.int64),
         new(count, dtype=torch.bool),
         new((count, 2 * points), dtype=torch.float64),
@@ -401,8 +416,9 @@ def _(features, pairs, *args):  # type: ignore[no-untyped-def]
 @_backward.register_fake
 def _(features, pairs, eps, a, b, *args):  # type: ignore[no-untyped-def]
     want_features, want_a, want_b = args[-3:]
+    nothing = features.new_empty(0, dtype=autograd.real_dtype(features))
     return (
         torch.empty_like(features) if want_features else features.new_empty(0),
-        torch.empty_like(a) if want_a else features.new_empty(0),
-        torch.empty_like(b) if want_b else features.new_empty(0),
+        torch.empty_like(a) if want_a else nothing,
+        torch.empty_like(b) if want_b else nothing,
     )

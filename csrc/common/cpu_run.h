@@ -30,5 +30,17 @@ void run_stretches(const Executor& executor, int64_t count, int64_t grain, const
     });
 }
 
+// work(next) once per thread: next() is a task of [0, tasks) that nobody has taken, or -1 when none is left. For tasks that
+// take unlike times.
+template <class Work>
+void run_in_turn(const Executor& executor, int64_t tasks, const Work& work) {
+  int64_t taken = 0;
+  const auto next = [&]() -> int64_t {
+    const int64_t task = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
+    return task < tasks ? task : -1;
+  };
+  if (tasks > 0) run(executor, tasks < executor.threads ? tasks : executor.threads, [&](int64_t) { work(next); });
+}
+
 }  // namespace
 }  // namespace otface

@@ -4,8 +4,8 @@
 
 #include <cstddef>
 #include <limits>
-#include <new>
 
+#include "common/cpu_buffer.h"
 #include "common/cpu_half.h"
 #include "common/cpu_run.h"
 #include "common/vec.h"
@@ -16,35 +16,6 @@ namespace {
 
 constexpr double infinity = std::numeric_limits<double>::infinity();
 constexpr double nan = std::numeric_limits<double>::quiet_NaN();
-
-// Scratch memory that grows and is reused from problem to problem; aligned for any vector, contents unspecified.
-template <class T>
-class Buffer {
- public:
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { release(); }
-  T* resize(int64_t count) {
-    if (count > capacity_) {
-      release();
-      data_ = static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), std::align_val_t{64}));
-      capacity_ = count;
-    }
-    return data_;
-  }
-  T* data() const { return data_; }
-  operator T*() const { return data_; }
-
- private:
-  void release() {
-    if (data_ != nullptr) ::operator delete(data_, std::align_val_t{64});
-    data_ = nullptr;
-    capacity_ = 0;
-  }
-  T* data_ = nullptr;
-  int64_t capacity_ = 0;
-};
 
 inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
@@ -225,18 +196,10 @@ bool splits_rows(const Problems& problems, const Executor& executor) {
 // `executor` is what that work may use inside one problem.
 template <class T, class Work>
 void for_each_worker(const Problems& problems, const Executor& executor, const Work& work) {
-  int64_t taken = 0;
-  const auto next = [&]() -> int64_t {
-    const int64_t index = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
-    return index < problems.batch ? index : -1;
-  };
-  if (problems.batch == 0) return;
-  if (splits_rows<T>(problems, executor)) {
-    work(executor, next);
-  } else {
-    const int64_t workers = problems.batch < executor.threads ? problems.batch : executor.threads;
-    run(executor, workers, [&](int64_t) { work(Executor{1, run_serially}, next); });
-  }
+  const Executor alone{1, run_serially};
+  const bool together = splits_rows<T>(problems, executor);
+  run_in_turn(together ? alone : executor, problems.batch,
+              [&](const auto& next) { work(together ? executor : alone, next); });
 }
 
 }  // namespace

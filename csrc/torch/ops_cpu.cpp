@@ -2,8 +2,10 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "margin/launch.h"
+#include "pairs/launch.h"
 #include "sinkhorn/launch.h"
 #include "torch/margin_ops.h"
+#include "torch/pair_ops.h"
 #include "torch/sinkhorn_ops.h"
 
 namespace otface::binding {
@@ -52,6 +54,11 @@ struct Cpu {
     margin::project_cpu(params, torch_threads());
   }
 
+  static void pack(const pairs::PackParams& params) { pairs::pack_cpu(params, torch_threads()); }
+  static void pair_costs(const pairs::CostParams& params) { pairs::cost_cpu(params, torch_threads()); }
+  static void pair_costs_backward(const pairs::GradientParams& params) { pairs::gradient_cpu(params, torch_threads()); }
+  static void unpack_gradient(const pairs::UnpackParams& params) { pairs::unpack_cpu(params, torch_threads()); }
+
   // out = a b, or out + a b
   static void product(Tensor& out, const Tensor& a, const Tensor& b, bool add) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), add ? 1 : 0, 1));
@@ -64,4 +71,5 @@ struct Cpu {
 STABLE_TORCH_LIBRARY_IMPL(otface, CPU, m) {
   OTFACE_REGISTER_SINKHORN(m, otface::binding::Cpu);
   OTFACE_REGISTER_MARGIN(m, otface::binding::Cpu);
+  OTFACE_REGISTER_PAIRS(m, otface::binding::Cpu);
 }

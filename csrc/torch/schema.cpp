@@ -49,4 +49,12 @@ STABLE_TORCH_LIBRARY(otface, m) {
   m.def(
       "margin_logits_backward(Tensor scaled_x, Tensor weight, Tensor rows, Tensor inverse_norms, Tensor grad_logits, "
       "float scale, int chunk_bytes, bool want_x, bool want_weight) -> (Tensor, Tensor)");
+
+  // Pairs of point sets, on the CPU; `rows`, `columns` and `sums` are explained in pairs/params.h.
+  // -> rows (N, D, p, 16), columns (N, P, 16 D, 16), lengths (N, p) float64
+  m.def("pack_points(Tensor points, bool want_columns) -> (Tensor, Tensor, Tensor)");
+  // Of pairs first, second (K,): into cost (K, p, p), and from its gradient into the sums.
+  m.def("pair_costs(Tensor rows, Tensor columns, Tensor first, Tensor second, Tensor(a!) cost) -> ()");
+  m.def("pair_costs_backward(Tensor rows, Tensor grad_cost, Tensor first, Tensor second, Tensor(a!) sums) -> ()");
+  m.def("unpack_gradient(Tensor sums, Tensor rows, Tensor lengths, Tensor(a!) grad) -> ()");
 }

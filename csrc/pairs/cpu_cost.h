@@ -1,0 +1,92 @@
+// The costs of listed pairs: C_k = 1 - U_i U_j^T. Part of the translation unit of one instruction set: include through
+// cpu_kernels.h only.
+//
+// A task is a few pairs. Elements of U_i come from `rows`, vectors over the points of j from `columns`; the points of j
+// that fill no panel take the part of i, so that no vector is computed in vain but for the last of those. Per pair
+// p^2 d multiply-adds. The vectors stay in the first-level cache while all rows of U_i pass; U_i stays in the second-level
+// cache from pair to pair where the list is in order of i, and U_j is read once.
+#pragma once
+
+#include "common/cpu_buffer.h"
+#include "common/cpu_run.h"
+#include "pairs/cpu_tile.h"
+
+namespace otface::pairs {
+namespace {
+
+template <class T>
+class PairCost {
+ public:
+  explicit PairCost(const CostParams& params)
+      : points_(params.shape.points),
+        depth_(panels(params.shape.size)),
+        rows_(static_cast<const T*>(params.rows)),
+        columns_(static_cast<const T*>(params.columns)),
+        cost_(static_cast<T*>(params.cost)) {
+    rest_.resize(panel * width());
+  }
+
+  void compute(int64_t k, int64_t i, int64_t j) {
+    const int64_t whole = points_ / panel * panel, rest = points_ - whole;
+    T* out = cost_ + k * points_ * points_;
+    multiply(rows_of(i), points_, columns_of(j), whole, out, points_);
+    multiply(rows_of(j) + whole * panel, rest, columns_of(i), rest == 0 ? 0 : width(), rest_, width());
+    for (int64_t r = 0; r < points_; ++r)
+      for (int64_t c = 0; c < rest; ++c) out[r * points_ + whole + c] = rest_[c * width() + r];
+  }
+
+ private:
+  // Dimensions that are multiplied before a tile goes on: 16 KiB of the vectors.
+  static constexpr int64_t bytes_of_vectors = most_vectors * OTFACE_VEC_BYTES;
+  static constexpr int64_t bytes_of_panel = panel * static_cast<int64_t>(sizeof(T));
+  static constexpr int64_t block =
+      16384 / (bytes_of_vectors > bytes_of_panel ? bytes_of_vectors : bytes_of_panel) / panel;
+
+  int64_t width() const { return panels(points_) * panel; }
+  const T* rows_of(int64_t set) const { return rows_ + set * depth_ * points_ * panel; }
+  const T* columns_of(int64_t set) const { return columns_ + set * width() * depth_ * panel; }
+
+  // out = 1 - a b for `height` rows of a and `count` columns of b.
+  void multiply(const T* a, int64_t height, const T* b, int64_t count, T* out, int64_t out_stride) const {
+    constexpr int64_t W = lanes<T>;
+    const int64_t panel_stride = depth_ * panel * panel;
+    for (int64_t begin = 0; begin < depth_; begin += block) {
+      const int64_t end = begin + block < depth_ ? begin + block : depth_;
+      for_vector_groups(count / W, [&](int64_t v, auto vectors) {
+        const T* b_v = b + vector_at<T>(v, panel_stride);
+        for_row_tiles(height, [&](int64_t r, auto tile_rows) {
+          constexpr int R = decltype(tile_rows)::value, C = decltype(vectors)::value;
+          Tile<T, R, C> tile;
+          T* to = out + r * out_stride + v * W;
+          for (int64_t d = begin; d < end; ++d)
+            tile.add(panel, a + (d * points_ + r) * panel, panel, 1, b_v + d * panel * panel, panel_stride);
+          for (int q = 0; q < R; ++q)
+            for (int c = 0; c < C; ++c) {
+              T* sum = to + q * out_stride + c * W;
+              store(sum, (begin == 0 ? Vec<T>{} + T(1) : load<Vec<T>>(sum)) - tile.sum[q][c]);
+            }
+        });
+      });
+    }
+  }
+
+  int64_t points_, depth_;
+  const T *rows_, *columns_;
+  T* cost_;
+  Buffer<T> rest_;  // [panel, width]: the last points of j by all of i
+};
+
+template <class T>
+void cost(const CostParams& p, const Executor& executor) {
+  constexpr int64_t grain = 8;  // pairs of a task: next to one another, they have the same i
+  run_in_turn(executor, (p.pairs.count + grain - 1) / grain, [&](const auto& next) {
+    PairCost<T> pair(p);
+    for (int64_t task = next(); task >= 0; task = next()) {
+      const int64_t end = (task + 1) * grain < p.pairs.count ? (task + 1) * grain : p.pairs.count;
+      for (int64_t k = task * grain; k < end; ++k) pair.compute(k, p.pairs.first[k], p.pairs.second[k]);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace otface::pairs

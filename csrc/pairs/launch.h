@@ -1,0 +1,26 @@
+// The entry points of the CPU kernels. Each picks the instruction set that cpu_isa() chose.
+#pragma once
+
+#include "common/executor.h"
+#include "pairs/params.h"
+
+namespace otface::pairs {
+
+void pack_cpu(const PackParams& params, const Executor& executor);
+void cost_cpu(const CostParams& params, const Executor& executor);
+void gradient_cpu(const GradientParams& params, const Executor& executor);
+void unpack_cpu(const UnpackParams& params, const Executor& executor);
+
+// One row of this table per instruction set; defined in cpu_baseline.cpp, cpu_avx2.cpp and cpu_avx512.cpp.
+struct CpuKernels {
+  void (*pack)(const PackParams&, const Executor&);
+  void (*cost)(const CostParams&, const Executor&);
+  void (*gradient)(const GradientParams&, const Executor&);
+  void (*unpack)(const UnpackParams&, const Executor&);
+};
+extern const CpuKernels cpu_kernels_baseline;
+#if defined(__x86_64__)
+extern const CpuKernels cpu_kernels_avx2, cpu_kernels_avx512;
+#endif
+
+}  // namespace otface::pairs
