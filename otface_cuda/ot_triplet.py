@@ -112,7 +112,10 @@ def _check_triplets(where: str, triplets: Any, feature_map: Tensor) -> None:
     if not _checks.checks_data(triplets):
         return
     N = feature_map.shape[0]
-    wrong = ((triplets < 0) | (triplets >= N)).any(1) & ~(triplets == -1).all(1)
+    in_range = (triplets >= 0) & (triplets < N)
+    if in_range.all():
+        return
+    wrong = ~in_range.all(1) & ~(triplets == -1).all(1)
     if wrong.any():
         t = int(wrong.nonzero()[0])
         raise ValueError(
@@ -148,6 +151,12 @@ class _Pairs(NamedTuple):
     negative: Tensor  # (T,) anchor and negative
 
 
+def _counts(triplets: Tensor) -> Tensor:
+    """(T,) whether a row is a triplet and no padding."""
+    a, p, n = (x >= 0 for x in triplets.unbind(1))
+    return a & p & n
+
+
 def _pairs_of(triplets: Tensor, counts: Tensor, N: int) -> _Pairs:
     """The pairs of the triplets that count, each once.
 
@@ -157,10 +166,10 @@ def _pairs_of(triplets: Tensor, counts: Tensor, N: int) -> _Pairs:
     a, p, n = triplets.unbind(1)
     keys = torch.stack([torch.minimum(a, other) * N + torch.maximum(a, other) for other in (p, n)])
     nowhere = N * N
-    keys = torch.where(counts & (triplets.amin(1) >= 0) & (triplets.amax(1) < N), keys, nowhere)
+    keys = torch.where(counts & (a < N) & (p < N) & (n < N), keys, nowhere)
     table = torch.zeros(nowhere + 1, dtype=torch.bool, device=triplets.device)
     table[keys.reshape(-1)] = True
-    table[nowhere] = False
+    table[nowhere:].fill_(False)  # an assignment may copy the number from the host
     number = table.cumsum(0) - 1
     size = int(number[-1]) + 1 if table.device.type == "cpu" else min(keys.numel(), N * (N + 1) // 2)  # = _room
     listed = torch.full((size + 1,), -1, device=triplets.device)
@@ -208,7 +217,7 @@ def _forward(
     if len(triplets) == 0 or len(points) == 0:
         none, loss = points.new_zeros((), dtype=torch.int64), points.new_zeros((), dtype=real)
         return loss, none, none.clone(), loss.new_zeros(len(triplets)), kept
-    counts = triplets.amin(1) >= 0
+    counts = _counts(triplets)
     n_hard = counts.sum()
     pairs = _pairs_of(triplets, counts, len(points))
     size = len(pairs.listed)
@@ -239,7 +248,7 @@ def _backward(
 ) -> Tensor:
     if len(triplets) == 0 or len(points) == 0:
         return torch.zeros_like(points)
-    pairs = _pairs_of(triplets, triplets.amin(1) >= 0, len(points))  # as in the forward
+    pairs = _pairs_of(triplets, _counts(triplets), len(points))  # as in the forward
     size = len(pairs.listed)
     active = (hinge != 0).long()
     # An active triplet adds the same number to one distance as it takes from another: adding them up is counting.

@@ -120,3 +120,21 @@ def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
         out.index_add_(0, index, rows)
     else:  # sorts the indices, where index_add_ would add atomically
         out.index_put_((index,), rows, accumulate=True)
+
+
+@torch.library.register_fake("otface::pack_points")
+def _(points, want_columns):  # type: ignore[no-untyped-def]
+    (N, p, d), real = points.shape, real_dtype(points)
+    depth = (d + 15) // 16
+    return (
+        points.new_empty((N, depth, p, 16), dtype=real),
+        points.new_empty((N, (p + 15) // 16, 16 * depth, 16) if want_columns else (0,), dtype=real),
+        points.new_empty((N, p), dtype=torch.float64),
+    )
+
+
+@torch.library.register_fake("otface::pair_costs")
+@torch.library.register_fake("otface::pair_costs_backward")
+@torch.library.register_fake("otface::unpack_gradient")
+def _(*args):  # type: ignore[no-untyped-def]
+    """They write into what they are given."""

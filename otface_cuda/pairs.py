@@ -1,8 +1,8 @@
 """`sinkhorn_pairs`: optimal transport between the point sets of listed pairs, a bounded chunk of them at a time.
 
 The two operators take the points as the user holds them, and are opaque to tracing, because the number of different
-pairs depends on the data. Neither keeps a cost matrix: the backward computes those of a chunk again. On CUDA nothing here
-may wait for the device, so every listed pair is solved there, also one that is listed twice.
+pairs depends on the data. Neither keeps a cost matrix: the backward computes those of a chunk again. On CUDA nothing
+here may wait for the device, so every listed pair is solved there, also one that is listed twice.
 """
 
 from __future__ import annotations

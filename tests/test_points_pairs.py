@@ -606,9 +606,8 @@ def test_chunks_do_not_change_the_result(metric: str, mode: str, solved: dict[st
     pairs = torch.cartesian_prod(torch.arange(6), torch.arange(6)).to(device)
     a = random_weights(1, p, seed=35, device=device)[0].float()
     options = {"metric": metric, "grad": mode, "max_iter": 30}
-    # In float32 at least: the points and the cost of a pair; or, where a product is for many pairs, one point set, the
-    # cost, and their gradients.
-    held = 4 * p * (d + 2 * p if metric == "cosine" and device == "cpu" else 2 * d + p)
+    # In float32 at least: the points and the cost of a pair; or, where no points are copied, the cost and its gradient.
+    held = 4 * p * (2 * p if metric == "cosine" and device == "cpu" else 2 * d + p)
     results = []
     for chunk_bytes in (1, 5 * held, 16 * held, 2**30):
         for calls in solved.values():
