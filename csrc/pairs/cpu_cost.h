@@ -60,11 +60,10 @@ class PairCost {
           T* to = out + r * out_stride + v * W;
           for (int64_t d = begin; d < end; ++d)
             tile.add(panel, a + (d * points_ + r) * panel, panel, 1, b_v + d * panel * panel, panel_stride);
-          for (int q = 0; q < R; ++q)
-            for (int c = 0; c < C; ++c) {
-              T* sum = to + q * out_stride + c * W;
-              store(sum, (begin == 0 ? Vec<T>{} + T(1) : load<Vec<T>>(sum)) - tile.sum[q][c]);
-            }
+          tile.for_each([&](int q, int c, Vec<T> sum) {
+            T* place = to + q * out_stride + c * W;
+            store(place, (begin == 0 ? Vec<T>{} + T(1) : load<Vec<T>>(place)) - sum);
+          });
         });
       });
     }

@@ -46,11 +46,10 @@ void add_product(int64_t points, const T* g, int64_t row, int64_t step, const T*
       Tile<T, R, C> tile;
       T* to = s + at + r * panel;
       tile.add(points, g + r * row, row, step, b + at, panel_stride);
-      for (int q = 0; q < R; ++q)
-        for (int c = 0; c < C; ++c) {
-          T* sum = to + q * panel + vector_at<T>(c, panel_stride);
-          store(sum, load<Vec<T>>(sum) + tile.sum[q][c]);
-        }
+      tile.for_each([&](int q, int c, Vec<T> sum) {
+        T* place = to + q * panel + vector_at<T>(c, panel_stride);
+        store(place, load<Vec<T>>(place) + sum);
+      });
     });
   });
 }

@@ -2,7 +2,7 @@
 // Part of the translation unit of one instruction set: include through cpu_kernels.h only.
 //
 // sum[r][c] += a[r][k] * b[k][c], with R rows and C vectors of columns in registers. Per k: C loads and R broadcasts for
-// R * C multiply-adds, so that the loads do not limit: 12 of these for 8 loads with 16 registers, 28 for 11 with 32.
+// R * C multiply-adds, so that the loads do not limit: 12 of these for 8 loads with 16 registers, 24 for 10 with 32.
 #pragma once
 
 #include "common/vec.h"
@@ -11,11 +11,8 @@
 namespace otface::pairs {
 namespace {
 
-#if OTFACE_VEC_BYTES == 64
-constexpr int most_rows = 7, most_vectors = 4;
-#else
-constexpr int most_rows = 6, most_vectors = 2;
-#endif
+// The baseline has no fused multiply-add, and needs registers for products.
+constexpr int most_rows = OTFACE_VEC_BYTES == 16 ? 4 : 6, most_vectors = OTFACE_VEC_BYTES == 64 ? 4 : 2;
 
 // Where vector c of a group begins. The vectors of a group lie in one panel, or fill several.
 template <class T>
@@ -32,11 +29,24 @@ struct Tile {
   OTFACE_INLINE void add(int64_t count, const T* a, int64_t row, int64_t step, const T* b, int64_t panel_stride) {
     for (int64_t k = 0; k < count; ++k, a += step, b += panel) {
       Vec<T> b_v[C];
+      OTFACE_UNROLL
       for (int c = 0; c < C; ++c) b_v[c] = load<Vec<T>>(b + vector_at<T>(c, panel_stride));
+      OTFACE_UNROLL
       for (int r = 0; r < R; ++r) {
         const Vec<T> a_v = broadcast<Vec<T>>(a[r * row]);
+        OTFACE_UNROLL
         for (int c = 0; c < C; ++c) sum[r][c] += a_v * b_v[c];
       }
+    }
+  }
+
+  // f(r, c, sum[r][c]) for all of them
+  template <class F>
+  OTFACE_INLINE void for_each(const F& f) const {
+    OTFACE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      OTFACE_UNROLL
+      for (int c = 0; c < C; ++c) f(r, c, sum[r][c]);
     }
   }
 };
@@ -59,9 +69,6 @@ OTFACE_INLINE void for_row_tiles(int64_t rows, const F& f) {
       case 4: f(begin, Count<4>{}); break;
       case 5: f(begin, Count<5>{}); break;
       case 6: f(begin, Count<6>{}); break;
-#if OTFACE_VEC_BYTES == 64
-      case 7: f(begin, Count<7>{}); break;
-#endif
     }
   }
 }
