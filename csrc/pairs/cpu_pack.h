@@ -14,25 +14,55 @@
 namespace otface::pairs {
 namespace {
 
-// x [p, d] -> rows [D, p, panel], zero in the padding; in the order in which x lies in memory.
+// out[c][r] = in[r][c], in blocks of four by four.
+template <class T>
+void transpose(const T* in, int64_t in_stride, int64_t rows, int64_t cols, T* out, int64_t out_stride) {
+  const int64_t whole_rows = rows / 4 * 4, whole_cols = cols / 4 * 4;
+  for (int64_t c = 0; c < whole_cols; c += 4) {
+    for (int64_t r = 0; r < whole_rows; r += 4) {
+      const T* from = in + r * in_stride + c;
+      const Four<T> x0 = load<Four<T>>(from), x1 = load<Four<T>>(from + in_stride),
+                    x2 = load<Four<T>>(from + 2 * in_stride), x3 = load<Four<T>>(from + 3 * in_stride);
+      const Four<T> a = OTFACE_SHUFFLE(x0, x1, 0, 4, 1, 5), b = OTFACE_SHUFFLE(x0, x1, 2, 6, 3, 7);
+      const Four<T> d = OTFACE_SHUFFLE(x2, x3, 0, 4, 1, 5), e = OTFACE_SHUFFLE(x2, x3, 2, 6, 3, 7);
+      T* to = out + c * out_stride + r;
+      store(to, OTFACE_SHUFFLE(a, d, 0, 1, 4, 5));
+      store(to + out_stride, OTFACE_SHUFFLE(a, d, 2, 3, 6, 7));
+      store(to + 2 * out_stride, OTFACE_SHUFFLE(b, e, 0, 1, 4, 5));
+      store(to + 3 * out_stride, OTFACE_SHUFFLE(b, e, 2, 3, 6, 7));
+    }
+    for (int64_t r = whole_rows; r < rows; ++r)
+      for (int64_t k = c; k < c + 4; ++k) out[k * out_stride + r] = in[r * in_stride + k];
+  }
+  for (int64_t c = whole_cols; c < cols; ++c)
+    for (int64_t r = 0; r < rows; ++r) out[c * out_stride + r] = in[r * in_stride + c];
+}
+
+// f(block, first dimension, how many there are) for the panels of d dimensions.
+template <class F>
+OTFACE_INLINE void for_panels(int64_t size, const F& f) {
+  for (int64_t block = 0; block < panels(size); ++block) {
+    const int64_t first = block * panel;
+    f(block, first, size - first < panel ? size - first : panel);
+  }
+}
+
+// x [p, d] -> rows [D, p, panel], zero in the padding.
 template <class T, class S, class Convert>
 void copy_to_rows(const S* x, int64_t point_stride, int64_t stride, int64_t points, int64_t size, T* rows,
                   const Convert& convert) {
-  for (int64_t first = 0, block = 0; first < size; first += panel, ++block) {
-    const int64_t count = size - first < panel ? size - first : panel;
+  for_panels(size, [&](int64_t block, int64_t first, int64_t count) {
+    const S* in = x + first * stride;
     T* out = rows + block * points * panel;
     if (count < panel)
       for (int64_t i = 0; i < points * panel; ++i) out[i] = 0;
-    if (stride == 1) {
-      for (int64_t i = 0; i < points; ++i)
-        for (int64_t k = 0; k < count; ++k)
-          out[i * panel + k] = static_cast<T>(convert(x[i * point_stride + first + k]));
-    } else {
-      for (int64_t k = 0; k < count; ++k)
-        for (int64_t i = 0; i < points; ++i)
-          out[i * panel + k] = static_cast<T>(convert(x[i * point_stride + (first + k) * stride]));
+    if constexpr (sizeof(S) == sizeof(T)) {
+      if (point_stride == 1) return transpose(in, stride, count, points, out, panel);
     }
-  }
+    for (int64_t i = 0; i < points; ++i)
+      for (int64_t k = 0; k < count; ++k)
+        out[i * panel + k] = static_cast<T>(convert(in[i * point_stride + k * stride]));
+  });
 }
 
 template <class T>
@@ -104,67 +134,88 @@ double normalise(T* rows, int64_t i, int64_t points, int64_t depth) {
 
 // rows [D, p, panel] -> columns [P, D * panel, panel], zero in the padding.
 template <class T>
-void transpose(const T* rows, int64_t points, int64_t depth, T* columns) {
-  for (int64_t first = 0, block = 0; first < points; first += panel, ++block) {
-    const int64_t count = points - first < panel ? points - first : panel;
+void copy_to_columns(const T* rows, int64_t points, int64_t depth, T* columns) {
+  for_panels(points, [&](int64_t block, int64_t first, int64_t count) {
     for (int64_t d = 0; d < depth; ++d) {
-      const T* in = rows + (d * points + first) * panel;
       T* out = columns + (block * depth + d) * panel * panel;
-      for (int64_t k = 0; k < panel; ++k) {
-        for (int64_t i = 0; i < count; ++i) out[k * panel + i] = in[i * panel + k];
-        for (int64_t i = count; i < panel; ++i) out[k * panel + i] = 0;
-      }
+      if (count < panel)
+        for (int64_t i = 0; i < panel * panel; ++i) out[i] = 0;
+      transpose(rows + (d * points + first) * panel, panel, count, panel, out, panel);
     }
-  }
+  });
 }
 
 template <class T>
 void pack(const PackParams& p, const Executor& executor) {
   const int64_t points = p.shape.points, depth = panels(p.shape.size);
-  run_stretches(executor, p.shape.sets, 1, [&](int64_t set, int64_t) {
-    T* rows = static_cast<T*>(p.rows) + set * depth * points * panel;
-    read_set(p, set, rows);
-    for (int64_t i = 0; i < points; ++i) p.lengths[set * points + i] = normalise(rows, i, points, depth);
-    if (p.columns != nullptr)
-      transpose(rows, points, depth, static_cast<T*>(p.columns) + set * panels(points) * depth * panel * panel);
+  run_in_turn(executor, p.shape.sets, [&](const auto& next) {
+    for (int64_t set = next(); set >= 0; set = next()) {
+      T* rows = static_cast<T*>(p.rows) + set * depth * points * panel;
+      read_set(p, set, rows);
+      for (int64_t i = 0; i < points; ++i) p.lengths[set * points + i] = normalise(rows, i, points, depth);
+      if (p.columns == nullptr) continue;
+      copy_to_columns(rows, points, depth, static_cast<T*>(p.columns) + set * panels(points) * depth * panel * panel);
+    }
   });
 }
 
 // dx = -(S - u <u, S>) / |x|, and 0 for x = 0.
 template <class T>
-void unpack(const UnpackParams& p, const Executor& executor) {
-  using V = Vec<T>;
-  const int64_t points = p.shape.points, size = p.shape.size, depth = panels(size);
-  run_stretches(executor, p.shape.sets, 1, [&](int64_t set, int64_t) {
-    const T* rows = static_cast<const T*>(p.rows) + set * depth * points * panel;
-    const T* sums = static_cast<const T*>(p.sums) + set * depth * points * panel;
-    T* grad = static_cast<T*>(p.grad) + set * p.set_stride;
-    Buffer<T> along;
-    Buffer<double> inverse;
-    along.resize(points);
-    inverse.resize(points);
-    for (int64_t i = 0; i < points; ++i) {
-      V sum{};
-      for_vectors<T>(i, points, depth, [&](int64_t at) { sum += load<V>(rows + at) * load<V>(sums + at); });
-      along[i] = sum_lanes(sum);
-      // Finite also for the least length, so that a gradient of 0 stays 0.
-      const double length = p.lengths[set * points + i], most = std::numeric_limits<double>::max();
-      inverse[i] = length == 0 ? 0 : 1 / length > most ? most : 1 / length;
-    }
-    const auto write = [&](int64_t i, int64_t k, int64_t at) {
-      const T across = rows[at] * along[i] - sums[at];
-      grad[i * p.point_stride + k * p.stride] = static_cast<T>(static_cast<double>(across) * inverse[i]);
-    };
-    for (int64_t block = 0; block < depth; ++block) {
-      const int64_t first = block * panel, count = size - first < panel ? size - first : panel;
-      if (p.stride == 1) {
-        for (int64_t i = 0; i < points; ++i)
-          for (int64_t k = 0; k < count; ++k) write(i, first + k, (block * points + i) * panel + k);
-      } else {
-        for (int64_t k = 0; k < count; ++k)
-          for (int64_t i = 0; i < points; ++i) write(i, first + k, (block * points + i) * panel + k);
+class Unpacker {
+ public:
+  explicit Unpacker(const UnpackParams& params) : p_(params), points_(params.shape.points) {
+    along_.resize(points_);
+    inverse_.resize(points_);
+    beyond_.resize(points_);
+    panel_.resize(points_ * panel);
+  }
+
+  void unpack(int64_t set) {
+    const int64_t depth = panels(p_.shape.size);
+    const T* rows = static_cast<const T*>(p_.rows) + set * depth * points_ * panel;
+    const T* sums = static_cast<const T*>(p_.sums) + set * depth * points_ * panel;
+    T* grad = static_cast<T*>(p_.grad) + set * p_.set_stride;
+    for (int64_t i = 0; i < points_; ++i) prepare(i, rows, sums, p_.lengths[set * points_ + i], depth);
+    for_panels(p_.shape.size, [&](int64_t block, int64_t first, int64_t count) {
+      for (int64_t i = 0; i < points_; ++i) {
+        const int64_t at = (block * points_ + i) * panel;
+        for (int64_t k = 0; k < panel; k += lanes<T>) {
+          const Vec<T> across = load<Vec<T>>(rows + at + k) * along_[i] - load<Vec<T>>(sums + at + k);
+          store(panel_ + i * panel + k, across * inverse_[i] * beyond_[i]);
+        }
       }
-    }
+      T* out = grad + first * p_.stride;
+      if (p_.point_stride == 1) return transpose<T>(panel_, panel, points_, count, out, p_.stride);
+      for (int64_t i = 0; i < points_; ++i)
+        for (int64_t k = 0; k < count; ++k) out[i * p_.point_stride + k * p_.stride] = panel_[i * panel + k];
+    });
+  }
+
+ private:
+  // <u, S> of a point, and 1 / |x| as a product of two numbers that are finite also for the least length, so that a
+  // gradient of 0 stays 0.
+  void prepare(int64_t i, const T* rows, const T* sums, double length, int64_t depth) {
+    Vec<T> sum{};
+    for_vectors<T>(i, points_, depth, [&](int64_t at) { sum += load<Vec<T>>(rows + at) * load<Vec<T>>(sums + at); });
+    along_[i] = sum_lanes(sum);
+    const double largest = std::numeric_limits<double>::max(),
+                 most = static_cast<double>(std::numeric_limits<T>::max());
+    const double inverse = length == 0 ? 0 : 1 / length > largest ? largest : 1 / length;
+    inverse_[i] = static_cast<T>(inverse > most ? most : inverse);
+    beyond_[i] = static_cast<T>(inverse > most ? inverse / most : 1);
+  }
+
+  const UnpackParams& p_;
+  int64_t points_;
+  Buffer<T> along_, inverse_, beyond_;  // [p]
+  Buffer<T> panel_;                     // [p, panel]: some dimensions of the gradient
+};
+
+template <class T>
+void unpack(const UnpackParams& p, const Executor& executor) {
+  run_in_turn(executor, p.shape.sets, [&](const auto& next) {
+    Unpacker<T> unpacker(p);
+    for (int64_t set = next(); set >= 0; set = next()) unpacker.unpack(set);
   });
 }
 
