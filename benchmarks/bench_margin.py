@@ -139,7 +139,8 @@ def run_row(row: Row, peers: list[Peer], clock: measure.Clock, quick: bool) -> d
             timed[peer.name] = measure.Contender(call)
     del exact
 
-    limits = {SQUARE: (2 * square_side(device) ** 3, measure.Contender(square_product(row, device)))}
+    square, square_flops = roofline.square_product(device, getattr(torch, row.dtype))
+    limits = {SQUARE: (square_flops, measure.Contender(square))}
     if not too_large(row.logits_bytes + row.weight_bytes, device):
         limits[PRODUCTS] = (row.flops(3), measure.Contender(own_products(problem)))
     for _, contender in limits.values():
@@ -210,16 +211,6 @@ def own_products(problem: Problem) -> Callable[[], None]:
         torch.mm(logits.T, x, out=grad_weight)
 
     return call
-
-
-def square_side(device: str) -> int:
-    return roofline.MATRIX * (4 if device == "cuda" else 1)
-
-
-def square_product(row: Row, device: str) -> Callable[[], Any]:
-    side = square_side(device)
-    a, b, out = (torch.rand(side, side, device=device).to(getattr(torch, row.dtype)) for _ in range(3))
-    return lambda: torch.mm(a, b, out=out)
 
 
 def peak_memory(name: str, row: Row, device: str) -> float | None:

@@ -6,8 +6,9 @@
 
 The hard triplets of a batch with four images of a person, eps 1, 10 iterations; mining them is not timed. Everyone's
 first answer is compared with float64, and only then timed. A time is the median over repetitions, quartiles in
-brackets. The limit is the time of the term's own matrix products alone (costs of the different pairs, gradients of
-those in the loss), by the fastest of three ways to ask torch for them, timed in turn with everyone else.
+brackets. Two measures, timed in turn with everyone else: the term's own matrix products alone (costs of the different
+pairs, gradients of those in the loss), by the fastest of three ways to ask torch for them; and the limit, the best rate
+of a large square product, of which the operations of the term's products are a percentage.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import harness
 import measure
+import roofline
 import torch
 from harness import (
     DisagreementError,
@@ -122,13 +124,17 @@ def run_row(row: Row, peers: list[Peer], clock: measure.Clock, quick: bool) -> d
         if call:
             timed[peer.name] = measure.Contender(call)
     products = {name: measure.Contender(call) for name, call in own_products(problem, exact).items()}
-    for contender in products.values():
+    square_call, square_flops = roofline.square_product(device)
+    square = measure.Contender(square_call)
+    for contender in (*products.values(), square):
         contender.call()
     timed[OURS.name] = measure.Contender(ours)
     others = [contender for name, contender in timed.items() if name != OURS.name]
     least, budget = (3, 0.5) if quick else (5, ROW_SECONDS)
     with measure.OtherPrograms() as other_programs:
-        measure.interleave(timed[OURS.name], [*others, *products.values()], clock, budget, least, ours_each_time=False)
+        measure.interleave(
+            timed[OURS.name], [*others, *products.values(), square], clock, budget, least, ours_each_time=False
+        )
     if device == "cuda":
         ours_entry["wall_seconds"] = summary([clock.time(ours, wall=True) for _ in range(least)])
 
@@ -138,8 +144,10 @@ def run_row(row: Row, peers: list[Peer], clock: measure.Clock, quick: bool) -> d
             entry["seconds"] = summary([factor * seconds for seconds in timed[entry["name"]].samples])
     seconds = {name: summary(contender.samples) for name, contender in products.items()}
     fastest = min(seconds, key=lambda name: seconds[name]["median"])
-    limit, median = seconds[fastest]["median"], ours_entry["seconds"]["median"]
-    ours_entry["limit"] = {"percent": 100 * limit / median, "times": median / limit, "of": fastest}
+    median = ours_entry["seconds"]["median"]
+    flops, rate = row.flops(len(exact.pairs), len(exact.active)), square_flops / min(square.samples)
+    ours_entry["limit"] = {"percent": 100 * flops / median / rate, "of": "a square product"}
+    ours_entry["own_products"] = {"times": median / seconds[fastest]["median"], "by": fastest}
     for entry in entries:
         if "seconds" in entry:
             entry["ratio"] = entry["seconds"]["median"] / median
@@ -148,10 +156,11 @@ def run_row(row: Row, peers: list[Peer], clock: measure.Clock, quick: bool) -> d
         "n_active": exact.n_active,
         "pairs": len(exact.pairs),
         "active_pairs": len(exact.active),
-        "flops": row.flops(len(exact.pairs), len(exact.active)),
+        "flops": flops,
         "ours": ours_entry,
         "peers": entries,
         "products": seconds,
+        "square_flops_per_s": rate,
         "other_programs_cpus": other_programs.cpus,
     }
 
@@ -197,7 +206,7 @@ def memory_work(name: str, row: Row, threads: int) -> tuple[Callable, Callable]:
 
 # ---- the table ----
 
-COLUMNS = ["", "ms (quartiles)", "ratio", "of its products", "peak MB", "max diff"]
+COLUMNS = ["", "ms (quartiles)", "ratio", "of its products", "of the limit", "peak MB", "max diff"]
 
 
 def table(result: dict[str, Any]) -> str:
@@ -221,13 +230,15 @@ def table_line(entry: dict[str, Any], row: dict[str, Any], mark: Callable[[str],
     if "cannot" in entry:
         return ["  " + entry["label"] + mark(entry["cannot"]), *["-"] * (len(COLUMNS) - 1)]
     note = EVERYONE[entry["name"]].note
-    limit = ""
+    times = limit = ""
     if "limit" in entry:
-        limit = f"{entry['limit']['times']:.2f}x" + (f" (target {row['target']}x)" if row["target"] else "")
+        times = f"{entry['own_products']['times']:.2f}x" + (f" (target {row['target']}x)" if row["target"] else "")
+        limit = f"{entry['limit']['percent']:.0f} %"
     return [
         "  " + entry["label"] + (mark(note) if note else ""),
         time_cell(entry["seconds"]),
         f"{significant(entry['ratio'])}x" if "ratio" in entry else "",
+        times,
         limit,
         megabytes(entry.get("peak_bytes")),
         f"{max(entry['difference'].values()):.0e}",
@@ -240,6 +251,7 @@ def footnotes(result: dict[str, Any], notes: Notes) -> list[str]:
         f"ratio: the peer's median over ours, timed in turn{cold}.",
         "of its products: our median over that of the fastest of the three ways to compute the matrix products alone: "
         "torch.bmm of pairs, torch.mm of blocks of the table of all pairs, torch.mm of each image with its partners.",
+        "of the limit: the operations of these products in our median, of the best rate of a square product.",
         "peak MB: memory that a call adds at its peak (resolution 0.3 MB on a CPU).",
         "max diff: from float64, of the loss, relative, and of the gradient, relative to its largest entry.",
         *notes.lines(),

@@ -54,19 +54,25 @@ def measure(rows: list[Row], device: str) -> dict[str, Any]:
     """The limits that the rows need. Rates are the best of several repetitions: a limit is what can be reached."""
     torch.set_float32_matmul_precision("highest")  # no TensorFloat-32
     clock = Clock(device)
-    side = MATRIX * (4 if device == "cuda" else 1)
-    a, b, out = (torch.rand(side, side, device=device) for _ in range(3))
-    seconds = _best(lambda: torch.mm(a, b, out=out), clock)
+    product, flops = square_product(device)
+    seconds = _best(product, clock)
     copied = torch.rand(_copied_bytes(device) // 4, device=device)
     target = torch.empty_like(copied)
     copy_seconds = _best(lambda: target.copy_(copied), clock)
     footprints = [] if device == "cuda" else sorted({footprint(row) for row in rows if not fits(row, device)})
     return {
-        "matmul_flops": 2 * side**3 / seconds,
+        "matmul_flops": flops / seconds,
         "copy_bytes_per_s": 2 * 4 * copied.numel() / copy_seconds,  # read and written
         "read_bytes_per_s": {str(size): _read_rate(size, clock) for size in footprints},
         "on_chip_bytes": on_chip_bytes(device),
     }
+
+
+def square_product(device: str, dtype: torch.dtype = torch.float32) -> tuple[Callable[[], Any], int]:
+    """A matrix product that can be as fast as any, and its operations."""
+    side = MATRIX * (4 if device == "cuda" else 1)
+    a, b, out = (torch.rand(side, side, device=device).to(dtype) for _ in range(3))
+    return lambda: torch.mm(a, b, out=out), 2 * side**3
 
 
 def _copied_bytes(device: str) -> int:

@@ -57,8 +57,8 @@ def ot_triplet_loss(
         n_iter: Sinkhorn iterations.
         beta: a float; the distance that is asked for between positives and negatives.
         metric: of two cells, as in :func:`sinkhorn_points`.
-        chunk_bytes: working memory at most, as in :func:`sinkhorn_pairs`. Beside it, a few tables of N^2 integers, and
-            the costs of the pairs if they take no more than 64 MiB.
+        chunk_bytes: working memory at most, as in :func:`sinkhorn_pairs`. Beside it, a few tables of N^2 integers, the
+            feature map up to three times, and the costs of the pairs if they take no more than 64 MiB.
 
     Returns:
         :class:`OTTripletLossOutput`: ``loss`` (a float32 scalar, float64 for float64 maps), exactly 0 with gradient 0

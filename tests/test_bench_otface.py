@@ -117,9 +117,11 @@ def test_json_is_complete_and_holds_no_path(result):
     row = result["rows"][0]
     assert row["flops"] == SMALL.flops(row["pairs"], row["active_pairs"])
     fastest = min(seconds["median"] for seconds in row["products"].values())
-    assert row["ours"]["limit"]["times"] == pytest.approx(row["ours"]["seconds"]["median"] / fastest)
+    median = row["ours"]["seconds"]["median"]
+    assert row["ours"]["own_products"]["times"] == pytest.approx(median / fastest)
+    assert row["ours"]["limit"]["percent"] == pytest.approx(100 * row["flops"] / median / row["square_flops_per_s"])
     for entry in row["peers"]:
-        assert entry["ratio"] == entry["seconds"]["median"] / row["ours"]["seconds"]["median"]
+        assert entry["ratio"] == entry["seconds"]["median"] / median
     loop = next(entry for entry in row["peers"] if entry["name"] == "triplet-loop")
     assert loop["sampled"] == min(peers.SAMPLE, row["triplets"])
     assert str(Path.cwd()) not in json.dumps(result)

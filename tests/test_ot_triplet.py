@@ -244,6 +244,18 @@ def test_chunks_and_kept_costs_do_not_change_the_result(
         torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12 * expected_grad.abs().max().item())
 
 
+def test_the_number_of_threads_changes_no_bit(threads: Callable[[int], None]) -> None:
+    """For the cosine, whose products are our own."""
+    maps = maps_of().float()
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(with_gradient(maps, TRIPLETS))
+    for out, grad in results[1:]:
+        assert torch.equal(out.loss, results[0][0].loss)
+        assert torch.equal(grad, results[0][1])
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_working_memory_stays_below_chunk_bytes(
     metric: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
