@@ -125,7 +125,7 @@ def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
 @torch.library.register_fake("otface::pack_points")
 def _(points, want_columns):  # type: ignore[no-untyped-def]
     (N, p, d), real = points.shape, real_dtype(points)
-    depth = (d + 15) // 16
+    depth = torch.sym_max(1, (d + 15) // 16)
     return (
         points.new_empty((N, depth, p, 16), dtype=real),
         points.new_empty((N, (p + 15) // 16, 16 * depth, 16) if want_columns else (0,), dtype=real),

@@ -97,6 +97,23 @@ def test_costs_and_gradient(p: int, d: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(grad.double(), expected_grad, rtol=0, atol=atol)
 
 
+def test_nothing_to_multiply() -> None:
+    """No dimension, no pair, no set."""
+    index = torch.tensor([0, 1])
+    sets = PackedSets(torch.ones(2, 3, 0))
+    pairs = sets.pairs(index, index)
+    cost = pairs.cost()
+    assert torch.equal(cost, torch.ones(2, 3, 3))
+    pairs.add_gradient(cost, cost)
+    assert sets.gradient().shape == (2, 3, 0)
+    for points in (torch.ones(2, 3, 4), torch.ones(0, 3, 4)):
+        sets = PackedSets(points)
+        pairs = sets.pairs(index[:0], index[:0])
+        assert pairs.cost().shape == (0, 3, 3)
+        pairs.add_gradient(pairs.cost(), pairs.cost())
+        assert torch.equal(sets.gradient(), torch.zeros_like(points))
+
+
 @pytest.mark.instruction_set
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_any_layout_gives_the_same_bits(dtype: torch.dtype) -> None:

@@ -57,7 +57,7 @@ void add_product(int64_t points, const T* g, int64_t row, int64_t step, const T*
 template <class T>
 void gradient(const GradientParams& p, const Executor& executor) {
   const int64_t sets = p.shape.sets, points = p.shape.points, depth = panels(p.shape.size);
-  if (sets == 0 || depth == 0) return;
+  if (sets == 0) return;
   const PairsOfSets as_first(p.pairs.first, p.pairs.count, sets), as_second(p.pairs.second, p.pairs.count, sets);
   const T *rows = static_cast<const T*>(p.rows), *grad_cost = static_cast<const T*>(p.grad_cost);
   T* sums = static_cast<T*>(p.sums);

@@ -19,7 +19,8 @@ namespace otface::pairs {
 
 constexpr int64_t panel = 16;
 
-inline int64_t panels(int64_t count) { return (count + panel - 1) / panel; }
+// One also of no dimensions, whose products are 0.
+inline int64_t panels(int64_t count) { return count == 0 ? 1 : (count + panel - 1) / panel; }
 
 struct Shape {
   bool is_double;  // Real
