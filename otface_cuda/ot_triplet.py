@@ -58,15 +58,16 @@ def ot_triplet_loss(
         beta: a float; the distance that is asked for between positives and negatives.
         metric: of two cells, as in :func:`sinkhorn_points`.
         chunk_bytes: working memory at most, as in :func:`sinkhorn_pairs`. Beside it, a few tables of N^2 integers, the
-            feature map up to three times, and the costs of the pairs if they take no more than 64 MiB.
+            feature map in other orders as there, and the costs of the pairs if they take no more than 64 MiB.
 
     Returns:
         :class:`OTTripletLossOutput`: ``loss`` (a float32 scalar, float64 for float64 maps), exactly 0 with gradient 0
         where no triplet is active; ``n_hard``, ``n_active``.
 
     Raises:
-        TypeError, ValueError: the message names the argument, what was expected and what came. An index out of range
-            where indices are not looked at (on CUDA without ``OTFACE_CHECK=1``) makes the loss NaN.
+        TypeError, ValueError: the message names the argument, what was expected and what came. Where indices are not
+            looked at (on CUDA without ``OTFACE_CHECK=1``), one that is too large makes the loss NaN, and a row with a
+            negative one does not count.
 
     >>> maps = torch.nn.functional.one_hot(torch.tensor([[0, 1], [2, 1], [1, 0]]), 4).float().requires_grad_()
     >>> out = ot_triplet_loss(maps, torch.tensor([[0, 1, 2]]), eps=0.05)
@@ -191,7 +192,7 @@ def _distinct(pairs: _Pairs, rows: Tensor | slice, wanted: Tensor | None = None)
 def _numbers(eps: float, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """`eps` and `tol` of so many problems."""
     numbers = torch.zeros((2, 1), dtype=torch.float64, device=like.device)
-    numbers[0] = eps
+    numbers[:1].fill_(eps)  # an assignment may copy the number from the host
     strengths, tol = numbers.expand(2, count)
     return strengths, tol
 

@@ -33,7 +33,7 @@ class PointSets(Protocol):
 
 
 def point_sets(points: Tensor, metric: str, want_costs: bool = True) -> PointSets:
-    """From points (N, p, d) of any float dtype. Not differentiable. `want_costs`: else gradients only."""
+    """From points (N, p, d) of any float dtype. Not differentiable. Without `want_costs`, perhaps gradients only."""
     if points.device.type == "cpu" and metric == "cosine":
         return PackedSets(points, want_costs)
     return CopiedSets(points, metric)
@@ -56,6 +56,7 @@ class PackedSets:
     def gradient(self) -> Tensor:
         if self.sums is None:
             return torch.zeros_like(self.points)
+        self.columns = self.rows.new_empty(0)  # its memory may be needed
         grad = torch.empty_like(self.points, dtype=self.rows.dtype)
         _ops.unpack_gradient(self.sums, self.rows, self.lengths, grad)
         return grad.to(self.points.dtype)
@@ -82,7 +83,7 @@ class CopiedSets:
 
     def __init__(self, points: Tensor, metric: str) -> None:
         self.points, self.metric = points, metric
-        real = points.to(real_dtype(points))
+        real = points.to(real_dtype(points)).contiguous()
         self.vectors = UnitVectors.of(real) if metric == "cosine" else None
         self.prepared = real if self.vectors is None else self.vectors.unit
         self.sums: Tensor | None = None
@@ -94,7 +95,7 @@ class CopiedSets:
         if self.sums is None:
             return torch.zeros_like(self.points)
         grad = self.sums if self.vectors is None else self.vectors.backward(self.sums)
-        return grad.to(self.points.dtype)
+        return torch.empty_like(self.points).copy_(grad)
 
 
 class _CopiedPairs:
@@ -125,7 +126,7 @@ def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
 @torch.library.register_fake("otface::pack_points")
 def _(points, want_columns):  # type: ignore[no-untyped-def]
     (N, p, d), real = points.shape, real_dtype(points)
-    depth = torch.sym_max(1, (d + 15) // 16)
+    depth = torch.sym_max(1, (d + 15) // 16)  # 16: `panel` of csrc/pairs/params.h
     return (
         points.new_empty((N, depth, p, 16), dtype=real),
         points.new_empty((N, (p + 15) // 16, 16 * depth, 16) if want_columns else (0,), dtype=real),

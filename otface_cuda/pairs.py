@@ -57,8 +57,9 @@ def sinkhorn_pairs(
         chunk_bytes: working memory at most, forward and backward, beyond arguments, results and the gradient of
             ``features``: 4 p (4 d + 2 p) bytes a pair in float32 (8 d for the two distances; for the cosine on the CPU
             8 p^2), and 8 p max_iter more for ``grad="unrolled"``. At least one pair is done at a time. ``None``: 32 MiB
-            on the CPU, 512 MiB on CUDA. The features in the order that the products read come on top, and those of the
-            gradient in the backward, up to three times the features in all; so does the solver's own working memory.
+            on the CPU, 512 MiB on CUDA. The solver's own working memory comes on top, and for the cosine on the CPU the
+            features in the order that the products read: with p and d rounded up to multiples of 16, 8 N p d bytes in
+            float32, and 4 N p d more in the backward, for the gradient.
 
     Returns:
         :class:`otface_cuda.SinkhornOutput` over the K pairs; ``plan`` is None. Gradients reach ``features``, a and b,
@@ -184,9 +185,10 @@ def _distinct(pairs: Tensor, eps: Tensor, tol: Tensor, points: int, own_weights:
         pairs = pairs[listed]
     first, second = pairs.unbind(1)
     valid = (first >= 0) & (first < points) & (second >= 0) & (second < points)
-    # One that is not valid becomes another one, without leaving the order.
-    last = max(0, points - 1)
-    return Distinct(first.clamp(0, last), second.clamp(0, last), valid, listed, which)
+    # One that is not valid becomes a pair of a set with itself, if possible one that it names: then a NaN in that set
+    # gets into the gradient of no other one.
+    named = torch.where((first >= 0) & (first < points), first, second.clamp(0, max(0, points - 1)))
+    return Distinct(torch.where(valid, first, named), torch.where(valid, second, named), valid, listed, which)
 
 
 class _Chunk(NamedTuple):
@@ -208,7 +210,7 @@ class PairSettings(NamedTuple):
 
 
 class KeptCosts(NamedTuple):
-    """Of all listed pairs, from the forward: to be written there, and to be read for some pairs in the backward."""
+    """The costs of all listed pairs, kept by the forward for the pairs that the backward wants."""
 
     costs: Tensor  # (L, p, p)
     places: Tensor | None  # (U,) of the different pairs; None: U = L
@@ -284,8 +286,10 @@ def differentiate_pairs(
     kept: KeptCosts | None = None,
 ) -> Tensor:
     """The gradient of the points from what comes in for the different pairs, empty if not wanted; those of the weights
-    are added to `grad_weights`, of which the ones without an element are not wanted.
+    are written into `grad_weights`, of which the ones without an element are not wanted.
     """
+    if len(distinct.first) == 0:
+        return torch.zeros_like(points) if want_points else points.new_empty(0)
     want_a, want_b = (x.numel() > 0 for x in grad_weights)
     wanted = (want_points, want_a, want_b)
     sets = point_sets(points, s.metric, want_costs=kept is None)
@@ -359,13 +363,14 @@ def _backward(
     want_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     count, points = pairs.shape[0], features.shape[1]
-    grad_features = torch.zeros_like(features) if want_features else features.new_empty(0)
     real = autograd.real_dtype(features)
     grad_weights = [
         w.new_zeros(count, points) if w is not None and want else features.new_empty(0, dtype=real)
         for w, want in ((a, want_a), (b, want_b))
     ]
-    if count > 0:
+    if count == 0:
+        grad_features = torch.zeros_like(features) if want_features else features.new_empty(0)
+    else:
         distinct = _distinct(pairs, eps, tol, features.shape[0], _one_per_pair(a, b))
         incoming = autograd.OutputGradients(grad_value, grad_transport_cost, grad_f, grad_g, None)
         if distinct.which is not None:
@@ -416,9 +421,9 @@ def _(features, pairs, *args):  # type: ignore[no-untyped-def]
 @_backward.register_fake
 def _(features, pairs, eps, a, b, *args):  # type: ignore[no-untyped-def]
     want_features, want_a, want_b = args[-3:]
-    nothing = features.new_empty(0, dtype=autograd.real_dtype(features))
+    real = autograd.real_dtype(features)
     return (
         torch.empty_like(features) if want_features else features.new_empty(0),
-        torch.empty_like(a) if want_a else nothing,
-        torch.empty_like(b) if want_b else nothing,
+        torch.empty_like(a) if want_a else features.new_empty(0, dtype=real),
+        torch.empty_like(b) if want_b else features.new_empty(0, dtype=real),
     )

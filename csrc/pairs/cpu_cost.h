@@ -1,7 +1,7 @@
 // The costs of listed pairs: C_k = 1 - U_i U_j^T. Part of the translation unit of one instruction set: include through
 // cpu_kernels.h only.
 //
-// A task is a few pairs. Elements of U_i come from `rows`, vectors over the points of j from `columns`; the points of j
+// Elements of U_i come from `rows`, vectors over the points of j from `columns`; the points of j
 // that fill no panel take the part of i, so that no vector is computed in vain but for the last of those. Per pair
 // p^2 d multiply-adds. The vectors stay in the first-level cache while all rows of U_i pass; U_i stays in the second-level
 // cache from pair to pair where the list is in order of i, and U_j is read once.
@@ -19,18 +19,20 @@ class PairCost {
  public:
   explicit PairCost(const CostParams& params)
       : points_(params.shape.points),
-        depth_(panels(params.shape.size)),
+        depth_(depth_of(params.shape.size)),
         rows_(static_cast<const T*>(params.rows)),
         columns_(static_cast<const T*>(params.columns)),
         cost_(static_cast<T*>(params.cost)) {
     rest_.resize(panel * width());
   }
 
-  void compute(int64_t k, int64_t i, int64_t j) {
+  // For points [begin, end) of i, and all of j; with the first of them also what the last points of j need.
+  void compute(int64_t k, int64_t i, int64_t j, int64_t begin, int64_t end) {
     const int64_t whole = points_ / panel * panel, rest = points_ - whole;
     T* out = cost_ + k * points_ * points_;
-    multiply(rows_of(i), points_, columns_of(j), whole, out, points_);
-    multiply(rows_of(j) + whole * panel, rest, columns_of(i), rest == 0 ? 0 : width(), rest_, width());
+    multiply(rows_of(i) + begin * panel, end - begin, columns_of(j), whole, out + begin * points_, points_);
+    if (begin > 0 || rest == 0) return;
+    multiply(rows_of(j) + whole * panel, rest, columns_of(i), width(), rest_, width());
     for (int64_t r = 0; r < points_; ++r)
       for (int64_t c = 0; c < rest; ++c) out[r * points_ + whole + c] = rest_[c * width() + r];
   }
@@ -77,12 +79,20 @@ class PairCost {
 
 template <class T>
 void cost(const CostParams& p, const Executor& executor) {
-  constexpr int64_t grain = 8;  // pairs of a task: next to one another, they have the same i
-  run_in_turn(executor, (p.pairs.count + grain - 1) / grain, [&](const auto& next) {
+  const int64_t count = p.pairs.count, points = p.shape.points;
+  if (count == 0) return;
+  // A task is some pairs next to one another, which have the same i; or some rows of one, where there are few pairs.
+  const int64_t wanted = 8 * executor.threads, most_grain = 8, most_parts = (points + panel - 1) / panel;
+  const int64_t grain = count >= most_grain * wanted ? most_grain : count >= wanted ? count / wanted : 1;
+  const int64_t needed = (wanted + count - 1) / count, parts = needed < most_parts ? needed : most_parts;
+  const int64_t groups = (count + grain - 1) / grain;
+  run_in_turn(executor, groups * parts, [&](const auto& next) {
     PairCost<T> pair(p);
     for (int64_t task = next(); task >= 0; task = next()) {
-      const int64_t end = (task + 1) * grain < p.pairs.count ? (task + 1) * grain : p.pairs.count;
-      for (int64_t k = task * grain; k < end; ++k) pair.compute(k, p.pairs.first[k], p.pairs.second[k]);
+      const int64_t group = task / parts, part = task % parts;
+      const int64_t end = (group + 1) * grain < count ? (group + 1) * grain : count;
+      for (int64_t k = group * grain; k < end; ++k)
+        pair.compute(k, p.pairs.first[k], p.pairs.second[k], points * part / parts, points * (part + 1) / parts);
     }
   });
 }

@@ -1,8 +1,9 @@
 // What the gradients of the costs are worth to the points: S_i += G_k U_j, S_j += G_k^T U_i.
 // Part of the translation unit of one instruction set: include through cpu_kernels.h only.
 //
-// A task is one set, or some of its dimensions, with all its partners, so that tasks write to different places and the
-// order of a sum is that of the list, whatever the number of threads. Per pair 2 p^2 d multiply-adds; G_k stays in the
+// A task is one set, or some of its dimensions, with all its partners, so that tasks write to different places. The order
+// of a sum is the same for any number of threads: the pairs where the set is first, then those where it is second, each in
+// the order of the list. Per pair 2 p^2 d multiply-adds; G_k stays in the
 // cache while the dimensions of the partner pass once.
 #pragma once
 
@@ -24,6 +25,7 @@ class PairsOfSets {
     for (int64_t s = 2; s < total + 2; ++s) begin[s] += begin[s - 1];
     for (int64_t k = 0; k < count; ++k) pairs[begin[sets[k] + 1]++] = k;
   }
+  bool none_of(int64_t set) const { return begin_[set] == begin_[set + 1]; }
   // f(k) for each pair of a set
   template <class F>
   void for_each(int64_t set, const F& f) const {
@@ -56,15 +58,18 @@ void add_product(int64_t points, const T* g, int64_t row, int64_t step, const T*
 
 template <class T>
 void gradient(const GradientParams& p, const Executor& executor) {
-  const int64_t sets = p.shape.sets, points = p.shape.points, depth = panels(p.shape.size);
+  const int64_t sets = p.shape.sets, points = p.shape.points, depth = depth_of(p.shape.size);
   if (sets == 0) return;
   const PairsOfSets as_first(p.pairs.first, p.pairs.count, sets), as_second(p.pairs.second, p.pairs.count, sets);
   const T *rows = static_cast<const T*>(p.rows), *grad_cost = static_cast<const T*>(p.grad_cost);
   T* sums = static_cast<T*>(p.sums);
   const int64_t set_stride = depth * points * panel;
+  int64_t present = 0;
+  for (int64_t s = 0; s < sets; ++s) present += !as_first.none_of(s) || !as_second.none_of(s);
   // Some tasks per thread, so that no thread waits long for another; whole groups of vectors.
   constexpr int64_t group = most_vectors > panel / lanes<T> ? most_vectors / (panel / lanes<T>) : 1;
-  const int64_t most_parts = (depth + group - 1) / group, wanted = (8 * executor.threads + sets - 1) / sets;
+  const int64_t most_parts = (depth + group - 1) / group,
+                wanted = 8 * executor.threads / (present > 0 ? present : 1) + 1;
   const int64_t parts = wanted < most_parts ? wanted : most_parts;
   const auto add_to_part = [&](int64_t set, int64_t part) {
     const int64_t begin = most_parts * part / parts * group, past = most_parts * (part + 1) / parts * group;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "common/cpu_buffer.h"
 #include "common/cpu_half.h"
@@ -38,7 +39,7 @@ void transpose(const T* in, int64_t in_stride, int64_t rows, int64_t cols, T* ou
     for (int64_t r = 0; r < rows; ++r) out[c * out_stride + r] = in[r * in_stride + c];
 }
 
-// f(block, first dimension, how many there are) for the panels of d dimensions.
+// f(block, first, how many there are) for the panels of so many dimensions or points.
 template <class F>
 OTFACE_INLINE void for_panels(int64_t size, const F& f) {
   for (int64_t block = 0; block < panels(size); ++block) {
@@ -51,6 +52,8 @@ OTFACE_INLINE void for_panels(int64_t size, const F& f) {
 template <class T, class S, class Convert>
 void copy_to_rows(const S* x, int64_t point_stride, int64_t stride, int64_t points, int64_t size, T* rows,
                   const Convert& convert) {
+  if (size == 0)
+    for (int64_t i = 0; i < points * panel; ++i) rows[i] = 0;
   for_panels(size, [&](int64_t block, int64_t first, int64_t count) {
     const S* in = x + first * stride;
     T* out = rows + block * points * panel;
@@ -147,7 +150,7 @@ void copy_to_columns(const T* rows, int64_t points, int64_t depth, T* columns) {
 
 template <class T>
 void pack(const PackParams& p, const Executor& executor) {
-  const int64_t points = p.shape.points, depth = panels(p.shape.size);
+  const int64_t points = p.shape.points, depth = depth_of(p.shape.size);
   run_in_turn(executor, p.shape.sets, [&](const auto& next) {
     for (int64_t set = next(); set >= 0; set = next()) {
       T* rows = static_cast<T*>(p.rows) + set * depth * points * panel;
@@ -171,7 +174,7 @@ class Unpacker {
   }
 
   void unpack(int64_t set) {
-    const int64_t depth = panels(p_.shape.size);
+    const int64_t depth = depth_of(p_.shape.size);
     const T* rows = static_cast<const T*>(p_.rows) + set * depth * points_ * panel;
     const T* sums = static_cast<const T*>(p_.sums) + set * depth * points_ * panel;
     T* grad = static_cast<T*>(p_.grad) + set * p_.set_stride;
@@ -193,7 +196,7 @@ class Unpacker {
 
  private:
   // <u, S> of a point, and 1 / |x| as a product of two numbers that are finite also for the least length, so that a
-  // gradient of 0 stays 0.
+  // gradient of 0 stays 0. (The inverse of a double that is not normal is cut off at the largest number.)
   void prepare(int64_t i, const T* rows, const T* sums, double length, int64_t depth) {
     Vec<T> sum{};
     for_vectors<T>(i, points_, depth, [&](int64_t at) { sum += load<Vec<T>>(rows + at) * load<Vec<T>>(sums + at); });

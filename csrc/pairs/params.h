@@ -7,7 +7,7 @@
 //
 // The products read the sets where they lie, in two orders that an instruction set of any width can load from. "Real" is
 // double for double points, else float; `panel` Reals are one or two cache lines. Zero where d or p is no multiple.
-//   rows    [N, D, p, panel]        D = ceil(d / panel): `panel` dimensions of one point
+//   rows    [N, D, p, panel]        D = ceil(d / panel), at least 1: `panel` dimensions of one point
 //   columns [N, P, D * panel, panel]  P = ceil(p / panel): one dimension of `panel` points
 #pragma once
 
@@ -19,8 +19,10 @@ namespace otface::pairs {
 
 constexpr int64_t panel = 16;
 
-// One also of no dimensions, whose products are 0.
-inline int64_t panels(int64_t count) { return count == 0 ? 1 : (count + panel - 1) / panel; }
+inline int64_t panels(int64_t count) { return (count + panel - 1) / panel; }
+
+// D; one also of no dimensions, whose products are 0.
+inline int64_t depth_of(int64_t size) { return size == 0 ? 1 : panels(size); }
 
 struct Shape {
   bool is_double;  // Real

@@ -36,7 +36,7 @@ template <class Device>
 std::tuple<Tensor, Tensor, Tensor> pack_points(Tensor points, bool want_columns) {
   STD_TORCH_CHECK(points.dim() == 3, "points must be (N, p, d)");
   const pairs::Shape shape{points.scalar_type() == ScalarType::Double, points.size(0), points.size(1), points.size(2)};
-  const int64_t depth = pairs::panels(shape.size);
+  const int64_t depth = pairs::depth_of(shape.size);
   const Tensor rows = make(points, true, real_of(points), {shape.sets, depth, shape.points, pairs::panel});
   const Tensor columns = make(points, want_columns, real_of(points),
                               {shape.sets, pairs::panels(shape.points), depth * pairs::panel, pairs::panel});
@@ -74,7 +74,7 @@ void unpack_gradient(Tensor sums, Tensor rows, Tensor lengths, Tensor grad) {
   pairs::Shape shape = shape_of_rows(rows);
   check_contiguous(sums, "sums", rows, rows.scalar_type(), {shape.sets, rows.size(1), shape.points, pairs::panel});
   check_contiguous(lengths, "lengths", rows, ScalarType::Double, {shape.sets, shape.points});
-  STD_TORCH_CHECK(grad.dim() == 3 && pairs::panels(grad.size(2)) == rows.size(1), "grad must be (N, p, d)");
+  STD_TORCH_CHECK(grad.dim() == 3 && pairs::depth_of(grad.size(2)) == rows.size(1), "grad must be (N, p, d)");
   shape.size = grad.size(2);
   check_tensor(grad, "grad", rows, rows.scalar_type(), {shape.sets, shape.points, shape.size});
   Device::unpack_gradient({shape, sums.const_data_ptr(), rows.const_data_ptr(), lengths.const_data_ptr<double>(),
