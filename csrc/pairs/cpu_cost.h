@@ -1,10 +1,10 @@
 // The costs of listed pairs: C_k = 1 - U_i U_j^T. Part of the translation unit of one instruction set: include through
 // cpu_kernels.h only.
 //
-// Elements of U_i come from `rows`, vectors over the points of j from `columns`; the points of j
-// that fill no panel take the part of i, so that no vector is computed in vain but for the last of those. Per pair
-// p^2 d multiply-adds. The vectors stay in the first-level cache while all rows of U_i pass; U_i stays in the second-level
-// cache from pair to pair where the list is in order of i, and U_j is read once.
+// Elements of U_i come from `rows`, vectors over the points of j from `columns`. The points of j that fill no panel take
+// the part of i, so that only the panel that they do not fill is partly computed in vain. Per pair p^2 d multiply-adds.
+// The vectors stay in the first-level cache while all rows of U_i pass. U_i stays in the second-level cache from pair to
+// pair where the list is in order of i, so that a pair reads U_j, p d Reals, and writes p^2.
 #pragma once
 
 #include "common/cpu_buffer.h"

@@ -3,8 +3,8 @@
 //
 // A task is one set, or some of its dimensions, with all its partners, so that tasks write to different places. The order
 // of a sum is the same for any number of threads: the pairs where the set is first, then those where it is second, each in
-// the order of the list. Per pair 2 p^2 d multiply-adds; G_k stays in the
-// cache while the dimensions of the partner pass once.
+// the order of the list. Per pair 2 p^2 d multiply-adds. Its two tasks read G_k, p^2 Reals, and the partner, p d; S, also
+// p d, is read and written in the second-level cache.
 #pragma once
 
 #include "common/cpu_buffer.h"

@@ -71,15 +71,14 @@ void copy_to_rows(const S* x, int64_t point_stride, int64_t stride, int64_t poin
 template <class T>
 void read_set(const PackParams& p, int64_t set, T* rows) {
   const PointsView& x = p.points;
-  const auto copy = [&]<class S>(const S*, auto convert) {
-    copy_to_rows(static_cast<const S*>(x.data) + set * x.set_stride, x.point_stride, x.stride, p.shape.points,
-                 p.shape.size, rows, convert);
+  const auto copy = [&](const auto* data, auto convert) {
+    copy_to_rows(data + set * x.set_stride, x.point_stride, x.stride, p.shape.points, p.shape.size, rows, convert);
   };
   switch (x.dtype) {
-    case DType::float32: return copy(static_cast<const float*>(nullptr), [](float v) { return v; });
-    case DType::float64: return copy(static_cast<const double*>(nullptr), [](double v) { return v; });
-    case DType::float16: return copy(static_cast<const uint16_t*>(nullptr), half_to_float);
-    case DType::bfloat16: return copy(static_cast<const uint16_t*>(nullptr), bfloat_to_float);
+    case DType::float32: return copy(static_cast<const float*>(x.data), [](float v) { return v; });
+    case DType::float64: return copy(static_cast<const double*>(x.data), [](double v) { return v; });
+    case DType::float16: return copy(static_cast<const uint16_t*>(x.data), half_to_float);
+    case DType::bfloat16: return copy(static_cast<const uint16_t*>(x.data), bfloat_to_float);
   }
 }
 
