@@ -65,7 +65,7 @@ def test_packed_is_copied(count: int, share: float, chunk_bytes: int, monkeypatc
     torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12)
 
 
-# Around the 16 of a panel, the 6 and 7 rows of a tile, and the 64 to 256 dimensions of a block.
+# Around the 16 of a panel, the 4 or 6 rows of a tile, and the 64 to 256 dimensions of a block.
 POINTS = [1, 2, 6, 7, 15, 16, 17, 31, 33, 49, 64]
 SIZES = [1, 15, 16, 17, 70, 257, 600]
 
