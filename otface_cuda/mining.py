@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._operators import operator
 from .costs import prepare_points
 
 CHUNK_BYTES = 64 << 20  # of the comparisons that are held at a time
@@ -77,7 +78,11 @@ def _all_hard(unit: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tenso
     return torch.cat(triplets), torch.cat(hardness)
 
 
-@torch.library.custom_op("otface::hardest_triplets", mutates_args=())
+def _fake_hardest(unit, labels, alpha, most):  # type: ignore[no-untyped-def]
+    return unit.new_empty((most, 3), dtype=torch.int64)
+
+
+@operator("hardest_triplets", _fake_hardest)
 def _hardest(unit: Tensor, labels: Tensor, alpha: float, most: int) -> Tensor:
     if unit.device.type == "cpu":
         triplets, hardness = _all_hard(unit, labels, alpha)
@@ -112,8 +117,3 @@ def hardest_without_counting(unit: Tensor, labels: Tensor, alpha: float, most: i
     for column, index in enumerate((indices // (N * N), indices // N % N, indices % N)):
         result[:, column] = torch.where(found, index, -1)
     return result
-
-
-@_hardest.register_fake
-def _(unit, labels, alpha, most):  # type: ignore[no-untyped-def]
-    return unit.new_empty((most, 3), dtype=torch.int64)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, autograd
+from ._operators import operator
 from .costs import METRICS
 from .pairs import (
     DEFAULT_CHUNK_BYTES,
@@ -209,7 +210,18 @@ def _kept_shape(triplets: Tensor, points: Tensor) -> tuple[int, ...]:
     return (room, p, p) if room * p * p * autograd.real_dtype(points).itemsize <= KEPT_BYTES else (0, p, p)
 
 
-@torch.library.custom_op("otface::ot_triplet_forward", mutates_args=())
+def _fake_forward(points, triplets, eps, n_iter, beta, metric, chunk_bytes, keep):  # type: ignore[no-untyped-def]
+    count, real = points.new_empty((), dtype=torch.int64), autograd.real_dtype(points)
+    kept = points.new_empty(_kept_shape(triplets, points) if keep else 0, dtype=real)
+    loss, hinge = (points.new_empty(shape, dtype=real) for shape in ((), len(triplets)))
+    return loss, count, torch.empty_like(count), hinge, kept
+
+
+def _fake_backward(points, *args):  # type: ignore[no-untyped-def]
+    return torch.empty_like(points)
+
+
+@operator("ot_triplet_forward", _fake_forward)
 def _forward(
     points: Tensor, triplets: Tensor, eps: float, n_iter: int, beta: float, metric: str, chunk_bytes: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -235,7 +247,7 @@ def _forward(
     return hinge.sum() / n_active.clamp(min=1), n_hard, n_active, hinge, kept
 
 
-@torch.library.custom_op("otface::ot_triplet_backward", mutates_args=())
+@operator("ot_triplet_backward", _fake_backward)
 def _backward(
     points: Tensor,
     triplets: Tensor,
@@ -272,16 +284,3 @@ def _backward(
         True, (nothing, nothing), points, distinct, strengths, None, None, tol, settings, nothing, nothing, incoming,
         KeptCosts(kept, rows) if kept.numel() > 0 else None,
     )  # fmt: skip
-
-
-@_forward.register_fake
-def _(points, triplets, eps, n_iter, beta, metric, chunk_bytes, keep):  # type: ignore[no-untyped-def]
-    count, real = points.new_empty((), dtype=torch.int64), autograd.real_dtype(points)
-    kept = points.new_empty(_kept_shape(triplets, points) if keep else 0, dtype=real)
-    loss, hinge = (points.new_empty(shape, dtype=real) for shape in ((), len(triplets)))
-    return loss, count, torch.empty_like(count), hinge, kept
-
-
-@_backward.register_fake
-def _(points, *args):  # type: ignore[no-untyped-def]
-    return torch.empty_like(points)

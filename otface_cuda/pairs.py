@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, autograd
+from ._operators import operator
 from .costs import METRICS
 from .functional import SinkhornOutput
 from .pair_costs import PackedSets, PairCosts, PointSets, point_sets
@@ -313,7 +314,37 @@ def differentiate_pairs(
     return sets.gradient() if want_points else points.new_empty(0)
 
 
-@torch.library.custom_op("otface::sinkhorn_pairs_forward", mutates_args=())
+def empty_results(
+    features: Tensor, pairs: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    count, points, new, real = pairs.shape[0], features.shape[1], features.new_empty, autograd.real_dtype(features)
+    return (
+        new(count, dtype=real),
+        new(count, dtype=real),
+        new((count, points), dtype=real),
+        new((count, points), dtype=real),
+        new(count, dtype=real),
+        new(count, dtype=torch.int64),
+        new(count, dtype=torch.bool),
+        new((count, 2 * points), dtype=torch.float64),
+    )
+
+
+def _fake_forward(features, pairs, *args):  # type: ignore[no-untyped-def]
+    return empty_results(features, pairs)
+
+
+def _fake_backward(features, pairs, eps, a, b, *args):  # type: ignore[no-untyped-def]
+    want_features, want_a, want_b = args[-3:]
+    real = autograd.real_dtype(features)
+    return (
+        torch.empty_like(features) if want_features else features.new_empty(0),
+        torch.empty_like(a) if want_a else features.new_empty(0, dtype=real),
+        torch.empty_like(b) if want_b else features.new_empty(0, dtype=real),
+    )
+
+
+@operator("sinkhorn_pairs_forward", _fake_forward)
 def _forward(
     features: Tensor,
     pairs: Tensor,
@@ -339,7 +370,7 @@ def _forward(
     return out
 
 
-@torch.library.custom_op("otface::sinkhorn_pairs_backward", mutates_args=())
+@operator("sinkhorn_pairs_backward", _fake_backward)
 def _backward(
     features: Tensor,
     pairs: Tensor,
@@ -395,35 +426,3 @@ def _backward(
 
 def _one_per_pair(a: Tensor | None, b: Tensor | None) -> bool:
     return any(w is not None and w.shape[0] != 1 for w in (a, b))
-
-
-def empty_results(
-    features: Tensor, pairs: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    count, points, new, real = pairs.shape[0], features.shape[1], features.new_empty, autograd.real_dtype(features)
-    return (
-        new(count, dtype=real),
-        new(count, dtype=real),
-        new((count, points), dtype=real),
-        new((count, points), dtype=real),
-        new(count, dtype=real),
-        new(count, dtype=torch.int64),
-        new(count, dtype=torch.bool),
-        new((count, 2 * points), dtype=torch.float64),
-    )
-
-
-@_forward.register_fake
-def _(features, pairs, *args):  # type: ignore[no-untyped-def]
-    return empty_results(features, pairs)
-
-
-@_backward.register_fake
-def _(features, pairs, eps, a, b, *args):  # type: ignore[no-untyped-def]
-    want_features, want_a, want_b = args[-3:]
-    real = autograd.real_dtype(features)
-    return (
-        torch.empty_like(features) if want_features else features.new_empty(0),
-        torch.empty_like(a) if want_a else features.new_empty(0, dtype=real),
-        torch.empty_like(b) if want_b else features.new_empty(0, dtype=real),
-    )

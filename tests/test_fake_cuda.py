@@ -151,25 +151,25 @@ def test_pairs(metric: str, mode: str, weights: str, chunk_bytes: int, monkeypat
         return solve(problems, *args, **options)
 
     monkeypatch.setattr(autograd, "solve", count_problems)
-    *results, potentials = pairs._forward._init_fn(*arguments)
+    *results, potentials = pairs._forward(*arguments)
     value, transport_cost, f, g, error, n_iter, converged = results
     out = otface_cuda.SinkhornOutput(value, transport_cost, f, g, None, error, n_iter, converged)
     check_outputs(out, (count,), N, N, torch.float32)
     assert solved == ([1] * count if chunk_bytes == 1 else [count])
     incoming = incoming_of(out, mode)[:4]
     wanted = (True, a is not None, b is not None)
-    gradients = pairs._backward._init_fn(*arguments, potentials, n_iter, *incoming, *wanted)
+    gradients = pairs._backward(*arguments, potentials, n_iter, *incoming, *wanted)
     check_gradients(gradients[: 1 + 2 * (a is not None)], [x for x in (features, a, b) if x is not None])
 
 
 @pytest.mark.parametrize("name", ["sinkhorn_pairs_forward", "sinkhorn_pairs_backward"])
 def test_fakes_of_the_pairs(name: str) -> None:
     """What tracing is told of the operators is what their bodies give."""
-    body = {"sinkhorn_pairs_forward": pairs._forward, "sinkhorn_pairs_backward": pairs._backward}[name]._init_fn
+    body = {"sinkhorn_pairs_forward": pairs._forward, "sinkhorn_pairs_backward": pairs._backward}[name]
     eps = rand(7, dtype=torch.float64)
     arguments = (rand(FEATURES, N, D), ones(7, 2), eps, rand(1, N), rand(7, N), eps, "cosine", 5, 2, "implicit", 2**20)
     if name == "sinkhorn_pairs_backward":
-        *results, potentials = pairs._forward._init_fn(*arguments)
+        *results, potentials = pairs._forward(*arguments)
         arguments = (*arguments, potentials, results[5], *results[:4], True, True, True)
     for x, y in zip(body(*arguments), getattr(torch.ops.otface, name)(*arguments), strict=True):
         assert (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
@@ -183,18 +183,18 @@ def test_triplets(metric: str, chunk_bytes: int, kept_bytes: int, monkeypatch: p
     monkeypatch.setattr(ot_triplet, "KEPT_BYTES", kept_bytes)
     points, triplets, settings = rand(FEATURES, N, D), ones(9, 3), (0.5, 3)
     arguments = (points, triplets, *settings, 0.1, metric, chunk_bytes, True)
-    out = ot_triplet._forward._init_fn(*arguments)
+    out = ot_triplet._forward(*arguments)
     *_, hinge, kept = out
     told = torch.ops.otface.ot_triplet_forward(*arguments)
     arguments = (points, triplets, hinge, kept, rand(), *settings, metric, chunk_bytes)
-    out = (*out, ot_triplet._backward._init_fn(*arguments))
+    out = (*out, ot_triplet._backward(*arguments))
     told = (*told, torch.ops.otface.ot_triplet_backward(*arguments))
     for x, y in zip(out, told, strict=True):
         assert (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
 
 
 def test_mining_with_a_fixed_number() -> None:
-    found = mining._hardest._init_fn(rand(FEATURES, D), ones(FEATURES), 0.1, 20)
+    found = mining._hardest(rand(FEATURES, D), ones(FEATURES), 0.1, 20)
     assert (found.shape, found.dtype, found.device) == ((20, 3), torch.int64, torch.device("cuda:0"))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -219,3 +221,30 @@ def test_input_changed_after_the_solve(grad: str, device: str) -> None:
         cost += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.value.sum().backward()
+
+
+IMPORTED_BY_THE_FIRST_CALLS = """
+import sys, torch
+before = set(sys.modules)
+import otface_cuda
+ours = {name for name in sys.modules if name.split(".")[0] == "otface_cuda"}
+print(len(set(sys.modules) - before - ours))
+before = set(sys.modules)
+points = torch.rand(4, 9, 8, requires_grad=True)
+otface_cuda.sinkhorn_pairs(points, torch.tensor([[0, 1], [1, 2]]), 0.1).value.sum().backward()
+labels = torch.tensor([0, 0, 1, 1])
+maps, embeddings = (torch.rand(4, 8, *cells, requires_grad=True) for cells in ((3, 3), ()))
+otface_cuda.OTFaceLoss(2, 8)(embeddings, maps, labels).loss.backward()
+otface_cuda.mine_hard_triplets(embeddings, labels, max_triplets=5)
+print(len(set(sys.modules) - before))
+"""
+
+
+def test_few_modules_are_imported() -> None:
+    """torch's compiler is some 800 modules, and a second of waiting: neither the import nor a call may need it."""
+    command = [sys.executable, "-c", IMPORTED_BY_THE_FIRST_CALLS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    by_import, by_calls = map(int, done.stdout.split())
+    assert by_import <= 20
+    assert by_calls <= 5
