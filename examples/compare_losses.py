@@ -31,12 +31,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from face_training.data import FacesError
 from face_training.evaluate import evaluate
 from face_training.report import read_log, training_seconds, write_report
-from face_training.training import LOSSES, Process, Settings, setting_types, train
+from face_training.run_folder import make_folder, write_text
+from face_training.settings import LOSSES, RANGES, Range, Settings, check_number, check_settings, setting_types
+from face_training.training import Process, train
 from train_faces import Faces, load_faces, summary
 
 # What suits 64x64 pixels and about 500 people on two cores.
 QUICK = Settings(size=64, stride=8, epochs=35.0)
 RERANK = (0.2, 0.4, 0.6, 0.8, 1.0)
+SHARED = ("loss", "size", "epochs", "seed")  # settings that a variant does not name: those of the whole comparison
 
 
 def variant(text: str, base: Settings) -> Settings:
@@ -44,32 +47,53 @@ def variant(text: str, base: Settings) -> Settings:
     loss, *changes = text.split(",")
     if loss not in LOSSES:
         raise FacesError(f"--variants: {loss!r} is no loss; there are {', '.join(LOSSES)}")
-    kinds = setting_types()
+    kinds = {name: kind for name, kind in setting_types().items() if name not in SHARED}
     found: dict[str, Any] = {}
     for change in changes:
         name, _, value = change.partition("=")
         try:
             found[name] = kinds[name](value)
         except (KeyError, ValueError) as error:
-            raise FacesError(f"--variants: {change!r} is not name=value of a setting of the run") from error
-    return replace(base, loss=loss, **found)
+            raise FacesError(
+                f"--variants: {change!r} is not name=value of a setting that variants can differ in: {', '.join(kinds)}"
+            ) from error
+    settings = replace(base, loss=loss, **found)
+    check_settings(settings, lambda name: f"--variants {text}: {name}")
+    return settings
+
+
+def check(args: argparse.Namespace) -> dict[str, Settings]:
+    """The variants; everything that is wrong with an option is said before anything runs."""
+    base = replace(QUICK, epochs=args.epochs)
+    check_settings(base)
+    check_number("--min-images", args.min_images, Range(1))
+    for option, values in (("--seeds", args.seeds), ("--variants", args.variants)):
+        if len(set(values)) < len(values):
+            raise FacesError(f"{option} must differ from each other, got {' '.join(map(str, values))}")
+    for seed in args.seeds:
+        check_number("--seeds", seed, RANGES["seed"])
+    return {name: variant(name, base) for name in args.variants}
 
 
 def run_one(name: str, settings: Settings, faces: Faces, runs: Path, process: Process) -> dict[str, Any]:
     """Train, or take what is there, and evaluate."""
-    # A changed setting, also one that all variants share, is another run.
-    digest = hashlib.sha256(json.dumps(asdict(settings)).encode()).hexdigest()[:8]
+    # A changed setting, also one that all variants share, is another run, and so is one on other images or pairs.
+    what = [asdict(settings), faces.training.digest(), [asdict(pair) for pair in faces.pairs]]
+    digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
     folder = runs / f"{name.replace(',', '_')}-{settings.seed}-{digest}"
     results = folder / "results.json"
     if not results.exists():
         folder.mkdir(parents=True, exist_ok=True)
         model = train(settings, faces.training, folder, process)
-        if faces.test is None:
-            raise FacesError("a comparison needs --pairs")
+        assert faces.test is not None  # there are --pairs
         found = evaluate(model, faces.test, faces.pairs, process.device, RERANK)
-        results.write_text(json.dumps(found) + "\n")
-    found = json.loads(results.read_text())
-    print(f"{name}, seed {settings.seed}\n{summary(found)}", flush=True)
+        write_text(results, json.dumps(found) + "\n")
+    try:
+        found = json.loads(results.read_text())
+        text = summary(found)
+    except (ValueError, KeyError, TypeError) as error:
+        raise FacesError(f"{results} holds no results of a run; without that file it is tested again") from error
+    print(f"{name}, seed {settings.seed}\n{text}", flush=True)
     seconds = training_seconds(folder / "log.csv")
     return {"seed": settings.seed, "seconds": seconds, "log": read_log(folder / "log.csv"), **found}
 
@@ -121,16 +145,17 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    process = Process.start()
     try:
-        base = replace(QUICK, epochs=args.epochs)
-        variants = {name: variant(name, base) for name in args.variants}
-        faces = load_faces(args.faces, args.pairs, args.test_folds, base.size, min_images=args.min_images)
+        variants = check(args)
+        make_folder("--out", args.out)
+        make_folder("--runs", args.runs)
+        process = Process.start()
+        faces = load_faces(args.faces, args.pairs, args.test_folds, QUICK.size, min_images=args.min_images)
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
         for seed in args.seeds:  # seed by seed, so that what disturbs the machine falls on all variants
             for name, settings in variants.items():
                 runs[name].append(run_one(name, replace(settings, seed=seed), faces, args.runs, process))
-    except FacesError as error:
+    except (FacesError, OSError) as error:
         print(f"compare_losses: {error}", file=sys.stderr)
         return 2
     # The names of the files say enough: the folders are those of one machine.
@@ -142,8 +167,8 @@ def main(argv: list[str] | None = None) -> int:
         "command": f"python examples/compare_losses.py {command}",
         "images": len(faces.training.images.names),
         "people": len(faces.training.people),
-        "size": base.size,
-        "epochs": base.epochs,
+        "size": QUICK.size,
+        "epochs": args.epochs,
         "minutes": sum(run["seconds"] for found in runs.values() for run in found) / 60,
         "machine": machine(process),
         "torch": torch.__version__,
@@ -152,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         "variants": {name: {"settings": asdict(variants[name]), "runs": found} for name, found in runs.items()},
     }
     write_report(result, args.out)
-    (args.out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_text(args.out / "results.json", json.dumps(result, indent=1) + "\n")
     print(f"report: {args.out / 'report.md'}")
     return 0
 

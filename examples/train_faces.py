@@ -9,6 +9,10 @@ images by folds, in the format of LFW. Nobody whom a pair of the test folds name
 
 The run's folder gets log.csv, checkpoint.pt and results.json. The same command goes on after a kill, with the batches
 that would have come; of a finished run it repeats the evaluation alone. Needs pillow and tqdm.
+
+With more --epochs a run goes on too, finished or not. The learning rate rises over --warmup of the run, then falls to 0
+as a cosine; from there on it is that of a run of the new length, so that it rises again where a finished run gets more.
+The margin follows in the same way. A run that diverged goes on with a lower --lr.
 """
 
 from __future__ import annotations
@@ -24,12 +28,40 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from face_training.data import FacesError, Images, Pair, TrainingSet, open_tree, people_of, read_pairs, training_set
+from face_training.data import (
+    FacesError,
+    Images,
+    Pair,
+    TrainingSet,
+    Tree,
+    list_pairs,
+    open_tree,
+    people_of,
+    read_pairs,
+    some_of,
+    training_set,
+)
 from face_training.evaluate import evaluate
-from face_training.model import STRIDES
-from face_training.training import AMP, LOSSES, Process, Settings, setting_types, train
+from face_training.run_folder import load, make_folder, write_text
+from face_training.settings import (
+    CHOICES,
+    Range,
+    Settings,
+    check_number,
+    check_settings,
+    flag,
+    setting_types,
+)
+from face_training.training import Process, train
 
 MIN_IMAGES = 2
+RANGES = {
+    "min_images": Range(1),
+    "log_every": Range(1),
+    "checkpoint_every": Range(1),
+    "rerank_eps": Range(0, above=True),
+    "rerank_iterations": Range(1, 1_000_000),
+}
 
 
 @dataclass
@@ -52,22 +84,18 @@ def load_faces(
     in_memory: bool | None = None,
     quiet: bool = False,
 ) -> Faces:
-    tree = open_tree(faces)
+    tree = test_tree = open_tree(faces)
+    named: list[Pair] = []
     pairs: list[Pair] = []
     test = None
     if pairs_file is not None:
         test_tree = open_tree(test_faces) if test_faces else tree
-        every, missing = read_pairs(pairs_file, test_tree)
-        folds = {pair.fold for pair in every}
-        test_folds = test_folds or sorted(folds)
-        if not folds.issuperset(test_folds):
-            raise FacesError(f"{pairs_file} has the folds {sorted(folds)}, not all of {test_folds}")
-        if len(set(test_folds)) < 2:
-            raise FacesError("--test-folds must be two folds at least: the threshold of one comes from the others")
-        pairs = [pair for pair in every if pair.fold in test_folds]
-        if missing and not quiet:
+        named, pairs = pairs_to_test(pairs_file, test_folds, test_tree)
+        if len(pairs) < len(named) and not quiet:
+            missing = len(named) - len(pairs)
             print(f"{pairs_file}: {missing} pairs are left out, their images are not in {test_tree.path}")
-    training = training_set(tree, people_of(pairs), min_images, size, in_memory)
+    # Also of a pair that cannot be tested: nobody whom the test names is known to the network.
+    training = training_set(tree, people_of(named), min_images, size, in_memory)
     if pairs:
         names = [name for person in sorted(people_of(pairs)) for name in test_tree.people[person]]
         test = Images(test_tree, names, size, in_memory)
@@ -75,11 +103,29 @@ def load_faces(
         skipped = ", ".join(f"{count} {what}" for what, count in training.skipped.items() if count)
         print(f"training: {len(training.images.names)} images of {len(training.people)} people")
         if skipped:
-            print(f"left out: {skipped}")
+            bad = training.images.bad
+            print(f"left out: {skipped}" + (f" ({some_of(bad)})" if bad else ""))
         if test is not None:
-            bad = f", {len(test.bad)} unreadable" if test.bad else ""
-            print(f"test: {len(test.names)} images of {len(people_of(pairs))} people{bad}, {len(pairs)} pairs")
+            bad_ones = f", {len(test.bad)} unreadable ({some_of(test.bad)})" if test.bad else ""
+            print(f"test: {len(test.names)} images of {len(people_of(pairs))} people{bad_ones}, {len(pairs)} pairs")
     return Faces(training, test, pairs)
+
+
+def pairs_to_test(path: Path, test_folds: list[int], tree: Tree) -> tuple[list[Pair], list[Pair]]:
+    """All pairs that the test folds name, and those of them that the tree has images of."""
+    found, _ = read_pairs(path, tree)
+    listed = list_pairs(path, tree)
+    folds = {pair.fold for pair in listed}
+    wanted = set(test_folds) or folds
+    if not folds.issuperset(wanted):
+        raise FacesError(f"{path} has the folds {sorted(folds)}, not all of {test_folds}")
+    pairs = [pair for pair in found if pair.fold in wanted]
+    empty = wanted - {pair.fold for pair in pairs}
+    if test_folds and empty:
+        raise FacesError(f"--test-folds: no pair of {sorted(empty)} has both of its images in {tree.path}")
+    if len(wanted - empty) < 2:
+        raise FacesError("--test-folds must be two folds at least: the threshold of one comes from the others")
+    return [pair for pair in listed if pair.fold in wanted], pairs
 
 
 def parser() -> argparse.ArgumentParser:
@@ -90,15 +136,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--test-folds", type=int, nargs="+", default=[], help="folds of the pairs to test on (default: all)")
     p.add_argument("--test-faces", type=Path, help="folder or tar with the images of the pairs (default: --faces)")
     p.add_argument("--out", type=Path, required=True, help="folder for log, checkpoint and results")
-    p.add_argument("--min-images", type=int, default=MIN_IMAGES, help="people with fewer are left out")
-    p.add_argument("--in-memory", choices=("auto", "yes", "no"), default="auto", help="keep all images, decoded")
-    p.add_argument("--log-every", type=int, default=10, help="steps")
-    p.add_argument("--checkpoint-every", type=int, default=200, help="steps")
+    p.add_argument("--min-images", type=int, default=MIN_IMAGES, help="people with fewer are left out (default: 2)")
+    p.add_argument(
+        "--in-memory",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="decode all images once and keep them (default: auto, if they fit in half of the free memory)",
+    )
+    p.add_argument("--log-every", type=int, default=10, help="steps from a line of log.csv to the next (default: 10)")
+    p.add_argument("--checkpoint-every", type=int, default=200, help="steps likewise (default: 200)")
     p.add_argument("--ot-rerank", type=float, nargs="+", default=[], metavar="W",
                    help="also verify by (1 - W) * distance + W * OT between the feature maps")  # fmt: skip
-    p.add_argument("--rerank-eps", type=float, default=0.05)
-    p.add_argument("--rerank-iterations", type=int, default=20)
-    choices = {"loss": tuple(LOSSES), "stride": STRIDES, "amp": tuple(AMP)}
+    p.add_argument("--rerank-eps", type=float, default=0.05, help="entropy of that transport (default: %(default)s)")
+    p.add_argument("--rerank-iterations", type=int, default=20, help="of that transport (default: %(default)s)")
     helps = {
         "margin": "0.45 for ArcFace, 0.35 for CosFace",
         "people": "people in a batch of a process",
@@ -113,17 +163,23 @@ def parser() -> argparse.ArgumentParser:
     for field in fields(Settings):
         name = field.name
         text = f"{helps.get(name, '')} (default: {'by loss' if field.default is None else field.default})".strip()
-        flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, type=kinds[name], default=field.default, choices=choices.get(name), help=text)
+        group.add_argument(flag(name), type=kinds[name], default=field.default, choices=CHOICES.get(name), help=text)
     return p
 
 
-def check(settings: Settings) -> None:
-    if settings.size < settings.stride or settings.size % settings.stride:
-        raise FacesError(f"--size must be a multiple of the stride {settings.stride}, got {settings.size}")
-    for name in ("people", "images"):
-        if getattr(settings, name) < 2:
-            raise FacesError(f"--{name} must be 2 at least, or there are no triplets, got {getattr(settings, name)}")
+def check(args: argparse.Namespace) -> Settings:
+    """The settings of the run; everything that is wrong with an option is said before anything runs."""
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    check_settings(settings)
+    for name, allowed in RANGES.items():
+        check_number(flag(name), getattr(args, name), allowed)
+    for weight in args.ot_rerank:
+        check_number("--ot-rerank", weight, Range(0, 1))
+    if args.pairs is None:
+        for name in ("test_faces", "test_folds", "ot_rerank"):
+            if getattr(args, name):
+                raise FacesError(f"{flag(name)} needs --pairs, without which nothing is tested")
+    return settings
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -133,6 +189,8 @@ def summary(results: dict[str, Any]) -> str:
 
     roc = results["roc"]
     lines = [line("verification", results["verification"])]
+    if results["unreadable_images"]:
+        lines.append(f"  without {results['unreadable_images']} test images that could not be read")
     lines += [line(f"  with {w} of OT", found) for w, found in results["rerank"]["weights"].items()]
     lines += [f"TAR at FAR {far}: {tar:.2%}" for far, tar in roc["tar"].items()]
     return "\n".join([*lines, f"  over {roc['impostors']:,} impostor and {roc['genuine']:,} genuine pairs of images"])
@@ -140,11 +198,11 @@ def summary(results: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
-    process = Process.start()
-    quiet = process.rank != 0
     try:
-        check(settings)
+        settings = check(args)
+        make_folder("--out", args.out)
+        load(args.out / "checkpoint.pt", settings)  # not to find out when all images have been decoded
+        process = Process.start()
         in_memory = {"auto": None, "yes": True, "no": False}[args.in_memory]
         faces = load_faces(
             args.faces,
@@ -154,9 +212,8 @@ def main(argv: list[str] | None = None) -> int:
             test_faces=args.test_faces,
             min_images=args.min_images,
             in_memory=in_memory,
-            quiet=quiet,
+            quiet=process.rank != 0,
         )
-        args.out.mkdir(parents=True, exist_ok=True)
         model = train(
             settings,
             faces.training,
@@ -175,9 +232,9 @@ def main(argv: list[str] | None = None) -> int:
                 args.rerank_eps,
                 args.rerank_iterations,
             )
-            (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+            write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
             print(summary(results))
-    except FacesError as error:
+    except (FacesError, OSError) as error:
         print(f"train_faces: {error}", file=sys.stderr)
         return 2
     finally:

@@ -6,11 +6,12 @@ exactly the batches that it would have had.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import tarfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,11 +22,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+TRIED_ROUNDS = 10  # of batches, before a set of images counts as one that cannot be decoded
 SUFFIXES = {".jpg", ".jpeg", ".png", ".pgm", ".ppm", ".bmp", ".webp"}
 
 
 class FacesError(ValueError):
-    """Data that cannot be used; the message is for the user."""
+    """Data or options that cannot be used; the message is for the user."""
 
 
 # ---- the tree ----
@@ -105,33 +107,46 @@ class Pair:
 
 
 def read_pairs(path: Path, tree: Tree) -> tuple[list[Pair], int]:
-    """The pairs whose images the tree has, and how many others the file lists.
-
-    Two formats: LFW's own pairs.txt (a line with the number of folds and of pairs of a kind; then ``name n n`` or
-    ``name n name n``), and lines of ``fold, image, image, 1 or 0`` with tabs between.
-    """
-    try:
-        lines = [line.split("\t") for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise FacesError(f"the pairs file {path} cannot be read: {error}") from error
-    try:
-        pairs = _numbered_pairs(lines, tree) if lines and len(lines[0]) <= 2 else _listed_pairs(lines)
-    except (ValueError, IndexError) as error:
-        raise FacesError(f"{path} is no pairs file in the format of LFW: {error}") from error
-    known = set(tree.names)
+    """The pairs whose images the tree has, and how many others the file lists."""
+    pairs, known = list_pairs(path, tree), set(tree.names)
     found = [pair for pair in pairs if pair.first in known and pair.second in known]
     if not found:
         raise FacesError(f"none of the {len(pairs)} pairs of {path} has both of its images in {tree.path}")
     return found, len(pairs) - len(found)
 
 
+def list_pairs(path: Path, tree: Tree) -> list[Pair]:
+    """All pairs of a file, whether the tree has their images or not.
+
+    Two formats: LFW's own pairs.txt (a line with the number of folds and of pairs of a kind; then ``name n n`` or
+    ``name n name n``), and lines of ``fold, image, image, 1 or 0`` with tabs between.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FacesError(f"the pairs file {path} cannot be read: {error}") from error
+    lines = [[word.strip() for word in line.split("\t")] for line in text.splitlines() if line.strip()]
+    try:
+        return _numbered_pairs(lines, tree) if lines and len(lines[0]) <= 2 else _listed_pairs(lines)
+    except ValueError as error:
+        raise FacesError(f"{path} is no pairs file in the format of LFW: {error}") from error
+
+
 def _listed_pairs(lines: list[list[str]]) -> list[Pair]:
-    return [Pair(int(fold), first, second, bool(int(same))) for fold, first, second, same in lines]
+    same_or_not = {"0": False, "1": True}
+    pairs = []
+    for i, (fold, first, second, same) in enumerate(lines):
+        if same not in same_or_not:
+            raise ValueError(f"line {i + 1} ends in {same!r}, not in 1 or 0")
+        pairs.append(Pair(int(fold), first, second, same_or_not[same]))
+    return pairs
 
 
 def _numbered_pairs(lines: list[list[str]], tree: Tree) -> list[Pair]:
     # The number of folds can be left out (pairsDevTrain.txt): then all pairs stand in one.
     per_kind = int(lines[0][-1])
+    if per_kind < 1:
+        raise ValueError(f"its first line says that a fold has {per_kind} pairs of a kind")
     by_stem = {name.rsplit(".", 1)[0]: name for name in tree.names}
 
     def image(person: str, number: str) -> str:
@@ -165,7 +180,7 @@ class Images:
     """The images of ``names``, by index into it; those that fit are decoded once and kept as one uint8 tensor.
 
     ``bad`` are the names that could not be decoded. Images in memory have been decoded already when this is made, and
-    bad ones have left ``names``; otherwise a bad image turns up when its batch does, and ``None`` stands in its place.
+    bad ones have left ``names``; otherwise a bad image turns up when its batch does, and is left out of it.
     """
 
     def __init__(self, tree: Tree, names: Sequence[str], size: int, in_memory: bool | None = None) -> None:
@@ -176,10 +191,16 @@ class Images:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self.memory: Tensor | None = None
         if in_memory or (in_memory is None and needed < free // 2):
-            memory = torch.empty(len(names), 3, size, size, dtype=torch.uint8)
+            try:
+                memory = torch.empty(len(names), 3, size, size, dtype=torch.uint8)
+            except RuntimeError as error:
+                raise FacesError(
+                    f"there is no memory for {needed / 1e9:,.1f} GB of images; give --in-memory no"
+                ) from error
             good: list[str] = []
             decoded = self.pool.map(self._try, self.names)
-            for name, image in tqdm(zip(self.names, decoded, strict=True), "decoding", len(names), leave=False):
+            pairs = zip(self.names, decoded, strict=True)
+            for name, image in tqdm(pairs, "decoding", len(names), leave=False, disable=None):
                 if image is not None:
                     memory[len(good)] = image
                     good.append(name)
@@ -198,9 +219,13 @@ class Images:
             return self.memory[indices], indices
         images = list(self.pool.map(self._try, [self.names[i] for i in indices.tolist()]))
         good = [image for image in images if image is not None]
-        if not good:
-            raise FacesError(f"none of {len(images)} images of {self.tree.path} could be decoded")
-        return torch.stack(good), indices[[image is not None for image in images]]
+        none = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
+        return torch.stack(good) if good else none, indices[[image is not None for image in images]]
+
+
+def some_of(names: Collection[str], count: int = 3) -> str:
+    """The first of them, for a message."""
+    return ", ".join([*sorted(names)[:count], *([".."] if len(names) > count else [])])
 
 
 @dataclass
@@ -211,6 +236,10 @@ class TrainingSet:
     labels: Tensor
     people: list[str]
     skipped: dict[str, int]  # people with too few images, and bad images
+
+    def digest(self) -> str:
+        """Equal for the same images alone."""
+        return hashlib.sha256("\n".join(self.images.names).encode()).hexdigest()
 
 
 def training_set(tree: Tree, leave_out: set[str], min_images: int, size: int, in_memory: bool | None) -> TrainingSet:
@@ -249,8 +278,8 @@ class Batches:
     def __init__(self, labels: Tensor, people: int, images: int, seed: int, rank: int = 0, world: int = 1) -> None:
         self.counts = torch.bincount(labels)
         self.people = min(people, len(self.counts) // world)
-        if self.people < 1:
-            raise FacesError(f"{len(self.counts)} people are too few for {world} processes")
+        if self.people < 2:
+            raise FacesError(f"{len(self.counts)} people are too few for {world} processes, each of which needs two")
         self.labels, self.images, self.seed, self.rank, self.world = labels, images, seed, rank, world
         self.steps_per_round = len(self.counts) // (self.people * world)
         self.steps_per_epoch = max(1, round(len(labels) / (self.people * images * world)))
@@ -270,6 +299,23 @@ class Batches:
         starts = self.counts.cumsum(0) - self.counts
         chosen = by_person[starts[:, None] + torch.arange(self.images) % self.counts[:, None]]  # (people, images)
         return chosen[torch.randperm(len(chosen), generator=generator)]
+
+
+def training_batch(images: Images, batches: Batches, step: int) -> tuple[Tensor, Tensor]:
+    """The images of a step and their indices. Where fewer than two can be decoded, those of the next steps come in.
+
+    A batch normalisation needs two, and every process has to take part in every step.
+    """
+    found: list[tuple[Tensor, Tensor]] = []
+    for later in range(TRIED_ROUNDS * batches.steps_per_round):
+        found.append(images.batch(batches.indices(step + later)))
+        if sum(len(indices) for _, indices in found) >= 2:
+            pixels, indices = zip(*found, strict=True)
+            return torch.cat(pixels), torch.cat(indices)
+    raise FacesError(
+        f"of the images of {images.tree.path} hardly any can be decoded: among those that could not be are "
+        f"{some_of(images.bad)}"
+    )
 
 
 def seeded(seed: int, step: int, rank: int) -> torch.Generator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -37,8 +38,10 @@ def embed(model: nn.Module, images: Images, with_maps: set[str], device: torch.d
     names: list[str] = []
     maps_of: dict[str, int] = {}
     found, maps = [], []
-    for some in tqdm(torch.arange(len(images.names)).split(batch), "embedding", leave=False):
+    for some in tqdm(torch.arange(len(images.names)).split(batch), "embedding", leave=False, disable=None):
         pixels, good = images.batch(some)
+        if not len(good):
+            continue
         floats = to_float(pixels.to(device))
         embeddings, feature_map = model(floats)
         found.append(embeddings.float() + model(floats.flip(3))[0].float())
@@ -47,6 +50,8 @@ def embed(model: nn.Module, images: Images, with_maps: set[str], device: torch.d
         maps.append(feature_map[wanted].float())
         maps_of.update({of[i]: len(maps_of) + k for k, i in enumerate(wanted)})
         names += of
+    if not found:
+        raise FacesError(f"none of the test images of {images.tree.path} can be decoded")
     return Embedded(names, nn.functional.normalize(torch.cat(found)), torch.cat(maps), maps_of)
 
 
@@ -66,6 +71,7 @@ class Verification:
 
 
 def verify(distance: Tensor, same: Tensor, folds: Tensor) -> Verification:
+    distance = distance.double()  # a threshold may lie between two neighbouring floats
     accuracy = {}
     for fold in sorted(set(folds.tolist())):
         here = folds == fold
@@ -77,11 +83,17 @@ def verify(distance: Tensor, same: Tensor, folds: Tensor) -> Verification:
 
 
 def best_threshold(distance: Tensor, same: Tensor) -> float:
-    """Where most pairs are right; "one person" is a distance not above it. Half-way to the next distance."""
+    """Where most pairs are right; "one person" is a distance not above it. Half-way to the next distance.
+
+    -inf where most are right if everyone is rejected.
+    """
     ordered, order = distance.double().sort()
-    right = same[order].long().cumsum(0) + (~same).sum() - (~same[order]).long().cumsum(0)
+    others = (~same).sum()
+    right = same[order].long().cumsum(0) + others - (~same[order]).long().cumsum(0)
     right[:-1][ordered[:-1] == ordered[1:]] = -1  # no threshold lies between equal distances
     best = int(right.argmax())
+    if others > right[best]:
+        return -math.inf
     return (ordered[best] + ordered[min(best + 1, len(ordered) - 1)]).item() / 2
 
 

@@ -1,16 +1,14 @@
-"""The training loop: one process or several, log, checkpoints, and going on after a kill."""
+"""The training loop: one process or several, and going on after a kill."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,50 +20,12 @@ from tqdm import tqdm
 
 import otface_cuda
 
-from .data import Batches, FacesError, TrainingSet, augment, seeded, to_float
+from .data import Batches, FacesError, Images, TrainingSet, augment, seeded, some_of, to_float, training_batch
 from .model import Mobile
+from .run_folder import COLUMNS, Log, changed, load, no_checkpoint, read_checkpoint, save
+from .settings import AMP, LOSSES, Settings, flag
 
-LOSSES = {
-    "arcface": (otface_cuda.ArcFace, 0.45, False),
-    "cosface": (otface_cuda.CosFace, 0.35, False),
-    "otface-arcface": (otface_cuda.ArcFace, 0.45, True),
-    "otface-cosface": (otface_cuda.CosFace, 0.35, True),
-}
-AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-COLUMNS = ("step", "epoch", "lr", "loss", "margin_loss", "ot_loss", "hard", "active", "images_per_s", "seconds")
 COUNTS = COLUMNS[3:8]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the result of a run; kept in its checkpoint, and the same for a run that goes on."""
-
-    loss: str = "otface-arcface"
-    size: int = 112
-    stride: int = 16
-    width: float = 1.0
-    embedding_size: int = 256
-    margin: float | None = None  # None: that of LOSSES
-    scale: float = 32.0
-    ot_weight: float = 10.0
-    eps: float = 1.0
-    n_iter: int = 10
-    alpha: float = 0.0
-    beta: float = 0.0
-    epochs: float = 40.0
-    people: int = 32  # in a batch of one process
-    images: int = 2  # of each of them
-    lr: float = 2e-3
-    weight_decay: float = 0.05
-    warmup: float = 0.05  # part of the run in which the learning rate rises
-    margin_warmup: float = 0.4  # part of the run in which the margin comes in
-    amp: str = "off"
-    seed: int = 0
-
-
-def setting_types() -> dict[str, Callable[[str], Any]]:
-    """What makes a setting of the text that a user gives."""
-    return {f.name: float if f.default is None else type(f.default) for f in fields(Settings)}
 
 
 class Model(nn.Module):
@@ -118,59 +78,6 @@ def progress(step: int, steps: int, settings: Settings) -> tuple[float, float]:
     return rate, min(1.0, (step + 1) / max(1.0, settings.margin_warmup * steps))
 
 
-# ---- the run's folder ----
-
-
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Either the old file or the whole new one is there, whenever the run is killed."""
-    new = path.with_suffix(".new")
-    with new.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
-
-
-def load(path: Path, settings: Settings, people: list[str]) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    now = json.loads(json.dumps(asdict(settings)))
-    other = [
-        f"{name} {old!r}, now {now.get(name)!r}" for name, old in state["settings"].items() if now.get(name) != old
-    ]
-    if other:
-        raise FacesError(
-            f"{path.parent} holds a run with other settings ({'; '.join(other)}); give --out another folder"
-        )
-    if state["people"] != people:
-        raise FacesError(f"{path.parent} holds a run on other people; give --out another folder")
-    return state
-
-
-class Log:
-    """A CSV file; rows later than the checkpoint that a run goes on from are taken off, they will come again."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        kept = []
-        if step and path.exists():
-            with path.open(newline="") as file:
-                # The last line may have been cut off.
-                kept = [row for row in csv.DictReader(file) if None not in row.values() and int(row["step"]) <= step]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS)
-        writer.writeheader()
-        writer.writerows(kept)
-        path.write_text(text.getvalue())
-        self.seconds = float(kept[-1]["seconds"]) if kept else 0.0
-        self.file = path.open("a", newline="")
-        self.writer = csv.DictWriter(self.file, COLUMNS)
-
-    def write(self, row: dict[str, Any]) -> None:
-        self.writer.writerow(row)
-        self.file.flush()
-
-
 # ---- the loop ----
 
 
@@ -194,6 +101,116 @@ class Process:
         return cls(device, dist.get_rank(), dist.get_world_size())
 
 
+class Trainer:
+    """Everything that changes in a run, and one step of it."""
+
+    def __init__(self, settings: Settings, data: TrainingSet, process: Process) -> None:
+        torch.manual_seed(settings.seed)
+        self.settings, self.data, self.process = settings, data, process
+        self.device = process.device
+        self.model = Model(settings, len(data.people)).to(self.device)
+        decayed = [p for p in self.model.parameters() if p.dim() > 1]
+        others = [p for p in self.model.parameters() if p.dim() <= 1]
+        groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others}]
+        # Not SGD, which is usual on large sets: on 524 people, without margin and with batches of 16 x 4, the loss
+        # after three epochs was 6.1 with SGD at a rate of 0.1, hardly below guessing (6.3), and 4.8 with this.
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=0.0)
+        self.amp = AMP[settings.amp]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
+        self.batches = Batches(
+            data.labels, settings.people, settings.images, settings.seed, process.rank, process.world
+        )
+        self.steps = max(1, round(settings.epochs * self.batches.steps_per_epoch))
+        self.logged = 0  # the step of the last line of the log
+        self.sums = torch.zeros(len(COUNTS), device=self.device, dtype=torch.float64)  # since that line
+        self.stepped: nn.Module = self.model
+
+    def restore(self, path: Path) -> int:
+        """The step to go on from: that of the checkpoint, or 0 where there is none."""
+        state = load(path, self.settings)
+        if state is not None:
+            self._check_same(path, state)
+            try:
+                self.model.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.scaler.load_state_dict(state["scaler"])
+            except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise no_checkpoint(path, "its parts are not those of this run") from error
+            self.logged, self.sums = state["logged"], state["sums"].to(self.device)
+        if self.process.world > 1:
+            ids = [self.device] if self.device.type == "cuda" else None
+            self.stepped = DistributedDataParallel(self.model, device_ids=ids)
+        return 0 if state is None else state["step"]
+
+    def _check_same(self, path: Path, state: dict[str, Any]) -> None:
+        if state["people"] != self.data.people:
+            raise FacesError(f"{path.parent} holds a run on other people; give --out another folder")
+        if state["images"] != self.data.digest():
+            raise FacesError(
+                f"{path.parent} holds a run on other images of the same people; give --out another folder, or, where "
+                "some cannot be read, --in-memory as it was"
+            )
+        if state["world"] != self.process.world:
+            raise FacesError(f"{path.parent} holds a run of {state['world']} processes, now {self.process.world}")
+        if self.process.rank == 0:
+            for name, old, new in changed(state["settings"], self.settings):
+                print(f"{path.parent}: goes on with {flag(name)} {new}, so far it was {old}")
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {
+            "settings": asdict(self.settings),
+            "people": self.data.people,
+            "images": self.data.digest(),
+            "world": self.process.world,
+            "step": step,
+            "logged": self.logged,
+            "sums": self.sums,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def step(self, step: int, count: bool) -> tuple[otface_cuda.OTFaceOutput, float, int]:
+        """What the loss was, the learning rate, and how many images there were."""
+        rate, part = progress(step, self.steps, self.settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr * rate
+        self.model.scale_margin(part)
+        pixels, indices = training_batch(self.data.images, self.batches, step)
+        labels = self.data.labels[indices].to(self.device, non_blocking=True)
+        random = seeded(self.settings.seed, step, 1 + self.process.rank)
+        images = augment(to_float(pixels.to(self.device)), random)
+        with torch.autocast(self.device.type, self.amp) if self.amp else nullcontext():
+            out: otface_cuda.OTFaceOutput = self.stepped(images, labels, count)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(out.loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.sums += torch.stack([value.detach().double() for value in out])
+        return out, self.settings.lr * rate, len(images)
+
+    def means(self, step: int, out: otface_cuda.OTFaceOutput) -> dict[str, float]:
+        """Over the steps since the last line of the log, which begins anew."""
+        mean = dict(zip(COUNTS, (self.sums / (step - self.logged)).tolist(), strict=True))
+        if not self.model.with_ot:
+            mean |= {"hard": out.n_hard.item(), "active": out.n_active.item()}
+        self.sums.zero_()
+        self.logged = step
+        return mean
+
+    def check_finite(self, step: int, weights: bool) -> None:
+        """A run that has gone out of bounds ends here, and never in a checkpoint."""
+        loss = self.sums[0].item()
+        values = self.model.state_dict().values() if weights else []
+        if not math.isfinite(loss) or not all(bool(value.isfinite().all()) for value in values):
+            what = "the weights are not finite" if math.isfinite(loss) else f"the loss is {loss}"
+            raise FacesError(
+                f"{what} at step {step}: a lower {flag('lr')} may help, with which the run goes on from its last "
+                "checkpoint, or begins again where there is none"
+            )
+
+
 def train(
     settings: Settings,
     data: TrainingSet,
@@ -204,108 +221,68 @@ def train(
     checkpoint_every: int = 200,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Mobile:
-    """Train, or go on with what ``run`` holds: the same arguments give the same weights, killed in between or not."""
-    torch.manual_seed(settings.seed)
-    device = process.device
-    model = Model(settings, len(data.people)).to(device)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others}]
-    # Not SGD, which is usual on large sets: on 524 people, without margin and with batches of 16 x 4, the loss after
-    # three epochs was 6.1 with SGD at a rate of 0.1, hardly below guessing (6.3), and 4.8 with this.
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=0.0)
-    amp = AMP[settings.amp]
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    batches = Batches(data.labels, settings.people, settings.images, settings.seed, process.rank, process.world)
-    steps = max(1, round(settings.epochs * batches.steps_per_epoch))
+    """Train, or go on with what ``run`` holds: the same arguments give the same weights, killed in between or not.
 
-    path = run / "checkpoint.pt"
-    state = load(path, settings, data.people)
-    first = logged = 0
-    sums = torch.zeros(len(COUNTS), device=device, dtype=torch.float64)  # since the last line of the log
-    if state is not None:
-        if state["world"] != process.world:
-            raise FacesError(f"{run} holds a run of {state['world']} processes, now {process.world}")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        first, logged, sums = state["step"], state["logged"], state["sums"].to(device)
-    stepped: nn.Module = model
-    if process.world > 1:
-        stepped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-
+    With more epochs than the checkpoint was made with, learning rate and margin are from there on those of a run of
+    that length; of a finished run, the rate rises again.
+    """
+    trainer = Trainer(settings, data, process)
+    path, steps = run / "checkpoint.pt", trainer.steps
+    first = trainer.restore(path)
     main = process.rank == 0
     log = Log(run / "log.csv", first) if main else None
     before = log.seconds if log else 0.0
-    model.train()
+    reported = len(data.images.bad)
+    trainer.model.train()
     started = since = time.perf_counter()
     seen = 0
-    bar = tqdm(total=steps, initial=first, desc=settings.loss, unit="step", disable=not main)
-    for step in range(first, steps):
-        rate, part = progress(step, steps, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * rate
-        model.scale_margin(part)
-        logs = (step + 1) % log_every == 0 or step + 1 == steps
-
-        pixels, indices = data.images.batch(batches.indices(step))
-        labels = data.labels[indices].to(device, non_blocking=True)
-        images = augment(to_float(pixels.to(device)), seeded(settings.seed, step, 1 + process.rank))
-        with torch.autocast(device.type, amp) if amp else nullcontext():
-            out = stepped(images, labels, logs)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(out.loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        sums += torch.stack([value.detach().double() for value in out])
-        seen += len(images)
-
-        if main and logs and log is not None:
+    bar = tqdm(total=steps, initial=first, desc=settings.loss, unit="step", disable=None if main else True)
+    for step in range(first + 1, steps + 1):
+        logs = step % log_every == 0 or step == steps
+        saves = main and (step % checkpoint_every == 0 or step == steps)
+        out, rate, count = trainer.step(step - 1, logs)
+        seen += count
+        if main and (logs or saves):
+            trainer.check_finite(step, saves)
+        if log is not None and logs:
             now = time.perf_counter()
-            mean = dict(zip(COUNTS, (sums / (step + 1 - logged)).tolist(), strict=True))
-            if not model.with_ot:
-                mean |= {"hard": out.n_hard.item(), "active": out.n_active.item()}
-            if not math.isfinite(mean["loss"]):
-                raise FacesError(f"the loss is {mean['loss']} at step {step + 1}: a lower --lr may help")
+            mean = trainer.means(step, out)
             speed = process.world * seen / (now - since)
             row = {name: f"{value:.6g}" for name, value in mean.items()}
-            row |= {"lr": f"{settings.lr * rate:.6g}", "images_per_s": f"{speed:.0f}"}
+            row |= {"lr": f"{rate:.6g}", "images_per_s": f"{speed:.0f}"}
             row["seconds"] = f"{before + now - started:.1f}"
-            log.write({"step": step + 1, "epoch": f"{(step + 1) / batches.steps_per_epoch:.2f}", **row})
+            log.write({"step": step, "epoch": f"{step / trainer.batches.steps_per_epoch:.2f}", **row})
             shown = {name: f"{mean[name]:.3g}" for name in ("loss", "hard", "active")}
             bar.set_postfix({**shown, "images/s": f"{speed:.0f}"}, refresh=False)
-            sums.zero_()
-            since, seen, logged = now, 0, step + 1
+            since, seen = now, 0
+        if logs and not reported:
+            reported = report_bad(data.images, reported)
         bar.update()
-        if main and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
-            save(
-                path,
-                {
-                    "settings": asdict(settings),
-                    "people": data.people,
-                    "world": process.world,
-                    "step": step + 1,
-                    "logged": logged,
-                    "sums": sums,
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                },
-            )
-        on_step(step + 1)
+        if saves:
+            save(path, trainer.state(step))
+        on_step(step)
     bar.close()
-    return model.backbone
+    report_bad(data.images, reported)
+    return trainer.model.backbone
+
+
+def report_bad(images: Images, reported: int) -> int:
+    """Say how many images could not be decoded so far, unless so many have been reported; their number."""
+    bad = images.bad
+    if len(bad) > reported:
+        tqdm.write(f"left out: {len(bad)} unreadable images so far ({some_of(bad)})", file=sys.stderr)
+    return len(bad)
 
 
 def load_backbone(path: Path) -> tuple[Mobile, Settings]:
     """The network of a checkpoint, ready to embed."""
+    state = read_checkpoint(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
         settings = Settings(**state["settings"])
         model = backbone_of(settings)
         model.load_state_dict(
             {name[9:]: value for name, value in state["model"].items() if name.startswith("backbone.")}
         )
-    except (OSError, RuntimeError, KeyError, TypeError) as error:
-        raise FacesError(f"{path} is no checkpoint of examples/train_faces.py: {error}") from error
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise no_checkpoint(path, "its network is none of these") from error
     return model.eval(), settings
