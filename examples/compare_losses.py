@@ -1,7 +1,7 @@
 """Train with several losses and seeds, test, and write a report: a table, the ROC, the curve of hard triplets.
 
 python examples/compare_losses.py --faces lfw112.tar --pairs lfw_pairs.txt --out docs/faces
-python examples/compare_losses.py --faces lfw112.tar --pairs lfw_pairs.txt --out sweep --seeds 0 \
+python examples/compare_losses.py --faces lfw112.tar --pairs lfw_pairs.txt --out sweep --seeds 0 \\
     --variants arcface otface-arcface otface-arcface,ot_weight=1 otface-arcface,eps=0.1 otface-arcface,alpha=0.1
 
 The first trains ArcFace and OTFace on top of ArcFace with three seeds each on the people whom no pair of folds 7 and 8

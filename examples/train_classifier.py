@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,9 @@ def train(name: str, head: nn.Module, data: Data, classes: int, steps: int) -> n
     network = nn.Sequential(nn.Linear(INPUTS, 256), nn.ReLU(), nn.Linear(256, EMBEDDING))
     optimizer = torch.optim.AdamW([*network.parameters(), *head.parameters()], lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    # One line that changes, or, into a file or a pipe, a line now and then.
+    terminal = sys.stderr.isatty()
+    every, before, after = (20, "\r", " ") if terminal else (200, "", "\n")
     for step in range(1, steps + 1):
         labels = torch.randint(classes, (BATCH,), generator=data.generator)
         loss = head(network(data.samples(labels)), labels)  # all there is to it
@@ -61,9 +65,11 @@ def train(name: str, head: nn.Module, data: Data, classes: int, steps: int) -> n
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 20 == 0 or step == steps:
-            print(f"\r{name}: step {step}/{steps}, loss {loss.item():.3f} ", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        if step % every == 0 or step == steps:
+            text = f"{name}: step {step}/{steps}, loss {loss.item():.3f}"
+            print(before + text, end=after, file=sys.stderr, flush=True)
+    if terminal:
+        print(file=sys.stderr)
     return network
 
 
@@ -81,12 +87,25 @@ def accuracies(network: nn.Module, weight: Tensor, data: Data, trained: int) -> 
     return float(classified.float().mean()), float(recognised.float().mean())
 
 
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """What makes a number of an option's text."""
+
+    def number(text: str) -> int:
+        if not text.strip().lstrip("+-").isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low:,} to {high:,}, got {text}")
+        return int(text)
+
+    return number
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--margin", choices=MARGINS, default="arcface", help="default: arcface")
-    parser.add_argument("--classes", type=int, default=500, help="that are trained; default: 500")
-    parser.add_argument("--steps", type=int, default=1000, help="of training, each of 256 samples; default: 1000")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--classes", type=whole_number(2, 10**7), default=500, help="that are trained; default: 500")
+    parser.add_argument(
+        "--steps", type=whole_number(1, 10**9), default=1000, help="of training, each of 256 samples; default: 1000"
+    )
+    parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0, help="of data and networks; default: 0")
     options = parser.parse_args(argv)
     heads = {
         "plain softmax": PlainSoftmax(EMBEDDING, options.classes, bias=False),

@@ -1,7 +1,7 @@
 """Train a face recognition network with ArcFace, CosFace or the OTFace loss on top of either, and evaluate it.
 
 python examples/train_faces.py --faces lfw112.tar --pairs lfw_pairs.txt --test-folds 7 8 --out runs/otface
-torchrun --nproc-per-node 8 examples/train_faces.py --faces casia --amp bf16 --out runs/casia \
+torchrun --nproc-per-node 8 examples/train_faces.py --faces casia --amp bf16 --out runs/casia \\
     --test-faces lfw112.tar --pairs lfw_pairs.txt
 
 FACES is a folder of one folder per person with aligned faces, or an uncompressed tar of one. PAIRS lists pairs of
@@ -45,6 +45,8 @@ from face_training.evaluate import evaluate
 from face_training.run_folder import load, make_folder, write_text
 from face_training.settings import (
     CHOICES,
+    EPS,
+    MOST,
     Range,
     Settings,
     check_number,
@@ -59,8 +61,8 @@ RANGES = {
     "min_images": Range(1),
     "log_every": Range(1),
     "checkpoint_every": Range(1),
-    "rerank_eps": Range(0, above=True),
-    "rerank_iterations": Range(1, 1_000_000),
+    "rerank_eps": EPS,
+    "rerank_iterations": Range(1, MOST),
 }
 
 

@@ -59,7 +59,7 @@ def setting_types() -> dict[str, Callable[[str], Any]]:
 class Range:
     """The finite numbers from ``low`` to ``high``; with ``above``, without ``low`` itself."""
 
-    low: float = -math.inf
+    low: float
     high: float = math.inf
     above: bool = False
 
@@ -68,12 +68,10 @@ class Range:
         return inside and abs(value) < math.inf
 
     def __str__(self) -> str:
-        low, high = (f"{end:,.10g}" for end in (self.low, self.high))
-        if self.high < math.inf:
-            return f"above {low} and at most {high}" if self.above else f"from {low} to {high}"
-        if self.low > -math.inf:
-            return f"above {low}" if self.above else f"{low} at least"
-        return "finite"
+        low, high = (f"{end:,.7g}" for end in (self.low, self.high))
+        if self.high == math.inf:
+            return f"{low} at least"
+        return f"above {low} and at most {high}" if self.above else f"from {low} to {high}"
 
 
 def check_number(name: str, value: float, allowed: Range) -> None:
@@ -82,21 +80,23 @@ def check_number(name: str, value: float, allowed: Range) -> None:
 
 
 CHOICES: dict[str, tuple[Any, ...]] = {"loss": tuple(LOSSES), "stride": STRIDES, "amp": tuple(AMP)}
+MOST = 1e6  # of real numbers: with what float32 cannot hold the loss would be infinite, and say nothing of why
+EPS = Range(1 / MOST, MOST)
 RANGES = {
     "size": Range(8, 1024),
     "width": Range(0, 16, above=True),
     "embedding_size": Range(1, 65536),
-    "scale": Range(0, above=True),
-    "ot_weight": Range(0),
-    "eps": Range(0, above=True),
-    "n_iter": Range(1, 1_000_000),
-    "alpha": Range(),
-    "beta": Range(),
-    "epochs": Range(0, 1_000_000, above=True),
+    "scale": Range(0, MOST, above=True),
+    "ot_weight": Range(0, MOST),
+    "eps": EPS,
+    "n_iter": Range(1, MOST),
+    "alpha": Range(-MOST, MOST),
+    "beta": Range(-MOST, MOST),
+    "epochs": Range(0, MOST, above=True),
     "people": Range(2),  # with fewer there are no triplets
     "images": Range(2, 1024),
-    "lr": Range(0),
-    "weight_decay": Range(0),
+    "lr": Range(0, MOST),
+    "weight_decay": Range(0, MOST),
     "warmup": Range(0, 1),
     "margin_warmup": Range(0, 1),
     "seed": Range(-9_000_000, 9_000_000),  # data.seeded makes a number of 64 bits of it

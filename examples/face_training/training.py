@@ -231,6 +231,8 @@ def train(
     first = trainer.restore(path)
     main = process.rank == 0
     log = Log(run / "log.csv", first) if main else None
+    if main and first < steps:
+        print(f"steps {first + 1} to {steps}, log in {run / 'log.csv'}", flush=True)
     before = log.seconds if log else 0.0
     reported = len(data.images.bad)
     trainer.model.train()
