@@ -130,15 +130,16 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=summary_line, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--faces", type=Path, required=True)
-    p.add_argument("--pairs", type=Path, required=True)
+    p.add_argument("--faces", type=Path, required=True, help="folder of one folder per person, or a tar of one")
+    p.add_argument("--pairs", type=Path, required=True, help="pairs for verification, in the format of LFW")
     p.add_argument("--out", type=Path, required=True, help="folder of the report")
     p.add_argument("--runs", type=Path, default=Path("runs/compare"), help="folder of the runs (default: %(default)s)")
-    p.add_argument("--test-folds", type=int, nargs="+", default=[7, 8])
-    p.add_argument("--min-images", type=int, default=3)
-    p.add_argument("--variants", nargs="+", default=["arcface", "otface-arcface"], metavar="LOSS[,NAME=VALUE...]")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--epochs", type=float, default=QUICK.epochs)
+    p.add_argument("--test-folds", type=int, nargs="+", default=[7, 8], help="of the pairs (default: 7 8)")
+    p.add_argument("--min-images", type=int, default=3, help="people with fewer are left out (default: %(default)s)")
+    p.add_argument("--variants", nargs="+", default=["arcface", "otface-arcface"], metavar="LOSS[,NAME=VALUE...]",
+                   help="what is compared (default: arcface otface-arcface)")  # fmt: skip
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run for each (default: 0 1 2)")
+    p.add_argument("--epochs", type=float, default=QUICK.epochs, help="of each run (default: %(default)g)")
     return p
 
 

@@ -141,7 +141,7 @@ def draw(transport: Transport, title: str, path: Path) -> None:
 
 def check_picture(path: Path) -> None:
     """Before anything runs."""
-    known = sorted(pyplot().gcf().canvas.get_supported_filetypes())
+    known = sorted(pyplot().FigureCanvasBase.get_supported_filetypes())
     if path.suffix[1:].lower() not in known:
         raise FacesError(f"the picture must end in one of .{', .'.join(known)}, got {path}")
     if not path.parent.is_dir() or path.is_dir():

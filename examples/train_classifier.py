@@ -91,9 +91,13 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
     """What makes a number of an option's text."""
 
     def number(text: str) -> int:
-        if not text.strip().lstrip("+-").isdecimal() or not low <= int(text) <= high:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"must be a whole number from {low:,} to {high:,}, got {text}")
-        return int(text)
+        return value
 
     return number
 

@@ -91,7 +91,7 @@ def load_faces(
     pairs: list[Pair] = []
     test = None
     if pairs_file is not None:
-        test_tree = open_tree(test_faces) if test_faces else tree
+        test_tree = open_tree(test_faces, "--test-faces") if test_faces else tree
         named, pairs = pairs_to_test(pairs_file, test_folds, test_tree)
         if len(pairs) < len(named) and not quiet:
             missing = len(named) - len(pairs)
@@ -120,7 +120,7 @@ def pairs_to_test(path: Path, test_folds: list[int], tree: Tree) -> tuple[list[P
     folds = {pair.fold for pair in listed}
     wanted = set(test_folds) or folds
     if not folds.issuperset(wanted):
-        raise FacesError(f"{path} has the folds {sorted(folds)}, not all of {test_folds}")
+        raise FacesError(f"--test-folds: {path} has the folds {sorted(folds)}, not all of {test_folds}")
     pairs = [pair for pair in found if pair.fold in wanted]
     empty = wanted - {pair.fold for pair in pairs}
     if test_folds and empty:
@@ -152,13 +152,27 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rerank-eps", type=float, default=0.05, help="entropy of that transport (default: %(default)s)")
     p.add_argument("--rerank-iterations", type=int, default=20, help="of that transport (default: %(default)s)")
     helps = {
+        "loss": "margin softmax alone, or the OTFace loss on top of it",
+        "size": "pixels to which images are scaled, a multiple of the stride",
+        "stride": "pixels to a cell of the feature map",
+        "width": "of the network: its channels are multiplied by this",
+        "embedding_size": "numbers that describe a face",
         "margin": "0.45 for ArcFace, 0.35 for CosFace",
-        "people": "people in a batch of a process",
-        "images": "images of each person in it",
-        "warmup": "part of the run in which the learning rate rises",
-        "margin_warmup": "part of the run in which the margin comes in",
+        "scale": "of the logits",
+        "ot_weight": "of the transport in the loss",
         "eps": "entropy of the transport in the loss",
         "n_iter": "iterations of the transport in the loss",
+        "alpha": "how near a triplet's cosines may be, to be hard",
+        "beta": "how near its transport distances may be, to count",
+        "epochs": "a run can go on with more",
+        "people": "people in a batch of a process",
+        "images": "images of each person in it",
+        "lr": "highest learning rate; a run that diverged can go on with a lower one",
+        "weight_decay": "of AdamW",
+        "warmup": "part of the run in which the learning rate rises",
+        "margin_warmup": "part of the run in which the margin comes in",
+        "amp": "dtype of the network; the loss is always float32",
+        "seed": "of network, batches and augmentation",
     }
     group = p.add_argument_group("settings of the run")
     kinds = setting_types()

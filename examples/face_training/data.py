@@ -46,10 +46,10 @@ class Tree:
         return [name for names in self.people.values() for name in names]
 
 
-def open_tree(path: Path) -> Tree:
+def open_tree(path: Path, option: str = "--faces") -> Tree:
     """An identity-folder tree (PATH/person/image, or one folder deeper) or an uncompressed tar of one."""
     if not path.exists():
-        raise FacesError(f"there is no {path}; expected a folder of one folder per person, or a tar of one")
+        raise FacesError(f"{option}: there is no {path}; expected a folder of one folder per person, or a tar of one")
     places: dict[str, Callable[[], bytes]] = {}
     if path.is_dir():
         for folder in (path, *(p for p in sorted(path.iterdir()) if p.is_dir())):
@@ -58,12 +58,12 @@ def open_tree(path: Path) -> Tree:
                 places = {name: p.read_bytes for name, p in found.items()}
                 break
     else:
-        places = _places_in_tar(path)
+        places = _places_in_tar(path, option)
     people = defaultdict(list)
     for name in sorted(places):
         people[name.split("/")[0]].append(name)
     if not people:
-        raise FacesError(f"{path} holds no image of the form person/image.jpg")
+        raise FacesError(f"{option}: {path} holds no image of the form person/image.jpg")
     return Tree(path, dict(people), lambda name: places[name]())
 
 
@@ -75,13 +75,14 @@ def _images_below(folder: Path) -> Iterator[Path]:
                     yield Path(entry.path)
 
 
-def _places_in_tar(path: Path) -> dict[str, Callable[[], bytes]]:
+def _places_in_tar(path: Path, option: str) -> dict[str, Callable[[], bytes]]:
     try:
         with tarfile.open(path, "r:") as tar:
             members = [member for member in tar if member.isfile()]
     except (tarfile.TarError, OSError) as error:
         raise FacesError(
-            f"{path} is no folder and no uncompressed tar; expected a folder of one folder per person, or a tar of one"
+            f"{option}: {path} is no folder and no uncompressed tar; expected a folder of one folder per person, or a "
+            "tar of one"
         ) from error
     file = os.open(path, os.O_RDONLY)  # stays open: images are read by several threads, each at its own place
     places: dict[str, Callable[[], bytes]] = {}
@@ -135,7 +136,10 @@ def list_pairs(path: Path, tree: Tree) -> list[Pair]:
 def _listed_pairs(lines: list[list[str]]) -> list[Pair]:
     same_or_not = {"0": False, "1": True}
     pairs = []
-    for i, (fold, first, second, same) in enumerate(lines):
+    for i, line in enumerate(lines):
+        if len(line) != 4:
+            raise ValueError(f"line {i + 1} has {len(line)} columns")
+        fold, first, second, same = line
         if same not in same_or_not:
             raise ValueError(f"line {i + 1} ends in {same!r}, not in 1 or 0")
         pairs.append(Pair(int(fold), first, second, same_or_not[same]))

@@ -54,19 +54,21 @@ def save(path: Path, state: dict[str, Any]) -> None:
 # ---- the checkpoint ----
 
 
-def no_checkpoint(path: Path, why: object) -> FacesError:
-    return FacesError(f"{path} is no checkpoint of examples/train_faces.py: {why}")
+def no_checkpoint(option: str, path: Path, why: str) -> FacesError:
+    return FacesError(f"{option}: {path} is no checkpoint of examples/train_faces.py: {why}")
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(option: str, path: Path) -> dict[str, Any]:
     """Whatever a file holds that is not one, the error says so."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch.load raises on such files is of every kind
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise no_checkpoint(path, first) from error
+    except OSError as error:
+        raise no_checkpoint(option, path, error.strerror or "it cannot be read") from error
+    except Exception as error:  # on a file that it has not written, torch.load raises errors of every kind
+        why = "it holds something else" if path.stat().st_size else "it is empty"
+        raise no_checkpoint(option, path, why) from error
     if not isinstance(state, dict) or not isinstance(state.get("settings"), dict) or "model" not in state:
-        raise no_checkpoint(path, "it holds something else")
+        raise no_checkpoint(option, path, "it holds something else")
     return state
 
 
@@ -74,9 +76,9 @@ def load(path: Path, settings: Settings) -> dict[str, Any] | None:
     """The checkpoint of a run with these settings, or with such as it may go on from; None where there is none."""
     if not path.exists():
         return None
-    state = read_checkpoint(path)
+    state = read_checkpoint("--out", path)
     if missing := STATE - state.keys():
-        raise no_checkpoint(path, f"it has no {', '.join(sorted(missing))}")
+        raise no_checkpoint("--out", path, f"it has no {', '.join(sorted(missing))}")
     other = [
         f"{name} {old!r}, now {new!r}"
         for name, old, new in changed(state["settings"], settings)

@@ -127,20 +127,21 @@ class Trainer:
 
     def restore(self, path: Path) -> int:
         """The step to go on from: that of the checkpoint, or 0 where there is none."""
-        state = load(path, self.settings)
+        state, step = load(path, self.settings), 0
         if state is not None:
             self._check_same(path, state)
             try:
                 self.model.load_state_dict(state["model"])
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.scaler.load_state_dict(state["scaler"])
+                self.sums.copy_(state["sums"])
+                self.logged, step = int(state["logged"]), int(state["step"])
             except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise no_checkpoint(path, "its parts are not those of this run") from error
-            self.logged, self.sums = state["logged"], state["sums"].to(self.device)
+                raise no_checkpoint("--out", path, "its parts are not those of this run") from error
         if self.process.world > 1:
             ids = [self.device] if self.device.type == "cuda" else None
             self.stepped = DistributedDataParallel(self.model, device_ids=ids)
-        return 0 if state is None else state["step"]
+        return step
 
     def _check_same(self, path: Path, state: dict[str, Any]) -> None:
         if state["people"] != self.data.people:
@@ -278,7 +279,7 @@ def report_bad(images: Images, reported: int) -> int:
 
 def load_backbone(path: Path) -> tuple[Mobile, Settings]:
     """The network of a checkpoint, ready to embed."""
-    state = read_checkpoint(path)
+    state = read_checkpoint("--checkpoint", path)
     try:
         settings = Settings(**state["settings"])
         model = backbone_of(settings)
@@ -286,5 +287,5 @@ def load_backbone(path: Path) -> tuple[Mobile, Settings]:
             {name[9:]: value for name, value in state["model"].items() if name.startswith("backbone.")}
         )
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise no_checkpoint(path, "its network is none of these") from error
+        raise no_checkpoint("--checkpoint", path, "its network is of another kind") from error
     return model.eval(), settings
