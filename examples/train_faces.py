@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -101,16 +102,27 @@ def load_faces(
     if pairs:
         names = [name for person in sorted(people_of(pairs)) for name in test_tree.people[person]]
         test = Images(test_tree, names, size, in_memory)
+    faces_found = Faces(training, test, pairs)
     if not quiet:
-        skipped = ", ".join(f"{count} {what}" for what, count in training.skipped.items() if count)
-        print(f"training: {len(training.images.names)} images of {len(training.people)} people")
-        if skipped:
-            bad = training.images.bad
-            print(f"left out: {skipped}" + (f" ({some_of(bad)})" if bad else ""))
-        if test is not None:
-            bad_ones = f", {len(test.bad)} unreadable ({some_of(test.bad)})" if test.bad else ""
-            print(f"test: {len(test.names)} images of {len(people_of(pairs))} people{bad_ones}, {len(pairs)} pairs")
-    return Faces(training, test, pairs)
+        print(described(faces_found))
+    return faces_found
+
+
+def described(faces: Faces) -> str:
+    training, test = faces.training, faces.test
+    lines = [f"training: {len(training.images.names)} images of {len(training.people)} people"]
+    skipped = ", ".join(f"{count} {what}" for what, count in training.skipped.items() if count)
+    if skipped:
+        lines.append(f"left out: {skipped}" + in_brackets(training.images.bad))
+    if test is not None:
+        unreadable = f", {len(test.bad)} unreadable{in_brackets(test.bad)}" if test.bad else ""
+        people = len(people_of(faces.pairs))
+        lines.append(f"test: {len(test.names)} images of {people} people{unreadable}, {len(faces.pairs)} pairs")
+    return "\n".join(lines)
+
+
+def in_brackets(names: Collection[str]) -> str:
+    return f" ({some_of(names)})" if names else ""
 
 
 def pairs_to_test(path: Path, test_folds: list[int], tree: Tree) -> tuple[list[Pair], list[Pair]]:

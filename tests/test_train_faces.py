@@ -445,6 +445,9 @@ def test_a_run_with_other_settings_is_not_gone_on_with(made, tmp_path, capsys):
     assert "other settings (lr 0.002, now 0.2)" in capsys.readouterr().err
     assert train_faces.main(arguments(made, tmp_path, "--epochs", "0.05", "--scale", "9")) == 2
     assert "other settings (scale 32.0, now 9.0; epochs 0.1, now 0.05)" in capsys.readouterr().err
+    # A lower rate is for a run that has something to do.
+    assert train_faces.main(arguments(made, tmp_path, "--epochs", "0.1", "--lr", "0.001")) == 2
+    assert "a finished run with other settings (lr 0.002, now 0.001)" in capsys.readouterr().err
 
 
 def test_a_run_on_other_images_is_not_gone_on_with(made, tmp_path, capsys):

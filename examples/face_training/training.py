@@ -120,6 +120,7 @@ class Trainer:
         self.batches = Batches(
             data.labels, settings.people, settings.images, settings.seed, process.rank, process.world
         )
+        self.images = data.digest()
         self.steps = max(1, round(settings.epochs * self.batches.steps_per_epoch))
         self.logged = 0  # the step of the last line of the log
         self.sums = torch.zeros(len(COUNTS), device=self.device, dtype=torch.float64)  # since that line
@@ -129,7 +130,7 @@ class Trainer:
         """The step to go on from: that of the checkpoint, or 0 where there is none."""
         state, step = load(path, self.settings), 0
         if state is not None:
-            self._check_same(path, state)
+            self._check_same(path.parent, state)
             try:
                 self.model.load_state_dict(state["model"])
                 self.optimizer.load_state_dict(state["optimizer"])
@@ -138,31 +139,39 @@ class Trainer:
                 self.logged, step = int(state["logged"]), int(state["step"])
             except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise no_checkpoint("--out", path, "its parts are not those of this run") from error
+            self._check_changes(path.parent, changed(state["settings"], self.settings), step)
         if self.process.world > 1:
             ids = [self.device] if self.device.type == "cuda" else None
             self.stepped = DistributedDataParallel(self.model, device_ids=ids)
         return step
 
-    def _check_same(self, path: Path, state: dict[str, Any]) -> None:
+    def _check_same(self, run: Path, state: dict[str, Any]) -> None:
         if state["people"] != self.data.people:
-            raise FacesError(f"{path.parent} holds a run on other people; give --out another folder")
-        if state["images"] != self.data.digest():
+            raise FacesError(f"{run} holds a run on other people; give --out another folder")
+        if state["images"] != self.images:
             raise FacesError(
-                f"{path.parent} holds a run on other images of the same people; give --out another folder, or, where "
-                "some cannot be read, --in-memory as it was"
+                f"{run} holds a run on other images of the same people; give --out another folder, or, where some "
+                "cannot be read, --in-memory as it was"
             )
         if state["world"] != self.process.world:
-            raise FacesError(f"{path.parent} holds a run of {state['world']} processes, now {self.process.world}")
-        if self.process.rank == 0:
-            for name, old, new in changed(state["settings"], self.settings):
-                print(f"{path.parent}: goes on with {flag(name)} {new}, so far it was {old}")
+            raise FacesError(f"{run} holds a run of {state['world']} processes, now {self.process.world}")
+
+    def _check_changes(self, run: Path, changes: list[tuple[str, Any, Any]], step: int) -> None:
+        for name, old, new in changes:
+            if step >= self.steps and name != "epochs":
+                raise FacesError(
+                    f"{run} holds a finished run with other settings ({name} {old}, now {new}); give --out another "
+                    f"folder, or more {flag('epochs')}"
+                )
+            if self.process.rank == 0:
+                print(f"{run}: goes on with {flag(name)} {new}, so far it was {old}")
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint holds."""
         return {
             "settings": asdict(self.settings),
             "people": self.data.people,
-            "images": self.data.digest(),
+            "images": self.images,
             "world": self.process.world,
             "step": step,
             "logged": self.logged,
