@@ -357,8 +357,9 @@ def test_everyone_is_rejected_where_that_is_best():
 
 
 def test_threshold_lies_between_neighbouring_floats():
-    low = torch.tensor(0.5)
-    high = torch.nextafter(low, torch.tensor(1.0))
+    one = torch.tensor(1.0)
+    low = torch.nextafter(torch.tensor(0.5), one)  # whose last bit is 1: as a float, what lies between is `high`
+    high = torch.nextafter(low, one)
     distance = torch.stack([low, high, low, high])
     found = evaluate.verify(distance, torch.tensor([1, 0, 1, 0]).bool(), torch.tensor([1, 1, 2, 2]))
     assert found.mean == 1
@@ -508,11 +509,13 @@ def test_a_finished_run_is_given_more_epochs(made, tmp_path, monkeypatch, capsys
     assert log_of(tmp_path / "killed") == log
 
 
-def test_an_unfinished_run_is_given_more_epochs(made, tmp_path, monkeypatch):
+def test_an_unfinished_run_is_given_more_epochs(made, tmp_path, monkeypatch, capsys):
     def words(run: str, epochs: int) -> list[str]:
         return arguments(made, tmp_path / run, "--checkpoint-every", "2", "--epochs", str(epochs))
 
     killed_after(3, monkeypatch, words("run", 2))
+    assert train_faces.main([*words("run", 3), "--lr", "0.01"]) == 2
+    assert "other settings (lr 0.002, now 0.01)" in capsys.readouterr().err
     assert train_faces.main(words("run", 3)) == 0
     assert train_faces.main(words("whole", 3)) == 0
     assert torch.load(tmp_path / "run/checkpoint.pt")["step"] == torch.load(tmp_path / "whole/checkpoint.pt")["step"]
