@@ -316,6 +316,19 @@ def test_processes_share_the_people_of_a_round():
         assert torch.cat(seen).sort().values.tolist() == list(range(8))
 
 
+def test_every_process_needs_two_people():
+    labels = torch.arange(3).repeat_interleave(2)
+    assert data.Batches(labels, people=8, images=2, seed=0).people == 3
+    with pytest.raises(data.FacesError, match="3 people are too few for 2 processes, each of which needs two"):
+        data.Batches(labels, people=8, images=2, seed=0, rank=0, world=2)
+
+
+def test_images_that_no_memory_holds_are_named(made):
+    tree = data.open_tree(made / "faces.tar")
+    with pytest.raises(data.FacesError, match="no memory for 1,500,000.0 GB of images; give --in-memory no"):
+        data.Images(tree, tree.people["p00"], 10**7, in_memory=True)
+
+
 def test_augmentation_is_bounded_and_repeatable():
     images = data.to_float(torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8))
     one, again, other = (data.augment(images, data.seeded(0, step, 1)) for step in (3, 3, 4))
