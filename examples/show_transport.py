@@ -83,8 +83,7 @@ def solve(names: list[str], pictures: Tensor, points: Tensor, pairs: list[tuple[
     if not pairs:
         raise FacesError("no pair of images can be read; name two with --images")
     index = torch.tensor([[names.index(name) for name in pair] for pair in pairs])
-    both = points[index]  # (pairs, 2, cells, d)
-    x, y = (both - both.mean((1, 2), keepdim=True)).unbind(1)  # what all cells have in common tells none apart
+    x, y = points[index].unbind(1)  # (pairs, cells, d)
     out = otface_cuda.sinkhorn_points(x, y, eps=eps, max_iter=1000, tol=1e-4, return_plan=True)
     assert out.plan is not None
     shown = int(out.transport_cost.argsort()[len(pairs) // 4])

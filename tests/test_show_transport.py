@@ -65,14 +65,29 @@ def test_transport_finds_what_has_moved():
 
 
 def test_descriptors_are_histograms_of_directions():
-    """Of a slope to the right, then downwards: all in one direction, and lengths 1."""
+    """Of a slope to the right, then downwards: all in one direction."""
     slope = torch.arange(descriptors.SIDE, dtype=torch.uint8).expand(3, descriptors.SIDE, descriptors.SIDE)
-    found = descriptors.descriptors(torch.stack([slope, slope.mT]))
-    parts = found.view(2, descriptors.GRID**2, descriptors.DIRECTIONS, descriptors.WINDOW**2).square().sum(3)
+    found = descriptors.histograms(torch.stack([slope, slope.mT]))
+    directions = found.view(2, descriptors.GRID**2, descriptors.DIRECTIONS, descriptors.WINDOW**2).sum(3)
     expected = torch.zeros(2, descriptors.GRID**2, descriptors.DIRECTIONS)
     expected[0, :, 0] = expected[1, :, 2] = 1
     # Sums of 128 float32 numbers, and an angle of atan2.
-    torch.testing.assert_close(parts, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(directions, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_features_of_a_network_are_compared_as_the_loss_compares_them(tree, tmp_path, capsys):
+    settings = Settings(size=16, stride=8, width=0.25, embedding_size=8)
+    model = Model(settings, 3)
+    save(tmp_path / "checkpoint.pt", {"settings": vars(settings), "model": model.state_dict()})
+    names = ["a/0.png", "a/1.png"]
+    words = ["--faces", str(tree), "--checkpoint", str(tmp_path / "checkpoint.pt"), "--images", *names]
+    assert show_transport.main([*words, str(tmp_path / "out.png")]) == 0
+    printed = float(capsys.readouterr().out.split()[-1])
+    pixels = show_transport.Images(show_transport.open_tree(tree), names, 16, True).batch(torch.arange(2))[0]
+    with torch.no_grad():
+        maps = model.backbone.eval()(show_transport.to_float(pixels))[1].flatten(2).mT
+    expected = show_transport.otface_cuda.sinkhorn_points(maps[:1], maps[1:], 0.05, max_iter=1000, tol=1e-4)
+    assert printed == pytest.approx(expected.transport_cost.item(), abs=1e-4)  # four digits are printed
 
 
 def test_a_pair_that_is_alike_is_shown_but_not_the_same_photograph_twice():

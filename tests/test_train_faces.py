@@ -325,7 +325,7 @@ def test_every_process_needs_two_people():
 
 def test_images_that_no_memory_holds_are_named(made):
     tree = data.open_tree(made / "faces.tar")
-    with pytest.raises(data.FacesError, match="no memory for 1,500,000.0 GB of images; give --in-memory no"):
+    with pytest.raises(data.FacesError, match=r"no memory for 1,500,000\.0 GB of images; give --in-memory no"):
         data.Images(tree, tree.people["p00"], 10**7, in_memory=True)
 
 

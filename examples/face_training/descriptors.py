@@ -12,11 +12,18 @@ DIRECTIONS = 8
 
 
 def descriptors(pictures: Tensor) -> Tensor:
-    """uint8 (N, 3, 112, 112) -> (N, 49, 128), cells row by row: the square roots of SIFT descriptors (Lowe 2004).
+    """uint8 (N, 3, 112, 112) -> (N, 49, 128), cells row by row: square roots of histograms, less the mean of all cells.
 
-    A histogram of gradient directions in each of 4 x 4 parts of a cell's window; each pixel is shared between the two
-    nearest directions, weighted by the length of its gradient. The square root makes the inner product one of
-    distributions (Arandjelovic, Zisserman 2012).
+    The square root makes the inner product one of distributions (Arandjelovic, Zisserman 2012); what all cells have in
+    common tells none apart.
+    """
+    found = histograms(pictures).sqrt()
+    return found - found.mean((0, 1))
+
+
+def histograms(pictures: Tensor) -> Tensor:
+    """Of the directions of gradients, in 4 x 4 parts of each cell's window, as in SIFT (Lowe 2004); those of a cell sum
+    to 1. A pixel is shared between the two nearest directions, weighted by the length of its gradient.
     """
     grey = pictures.float().mean(1)
     dx, dy = torch.zeros_like(grey), torch.zeros_like(grey)
@@ -30,4 +37,4 @@ def descriptors(pictures: Tensor) -> Tensor:
     parts = torch.nn.functional.avg_pool2d(padded, PART)  # (N, 8, 16, 16)
     windows = parts.unfold(2, WINDOW, 2).unfold(3, WINDOW, 2)  # (N, 8, 7, 7, 4, 4)
     found = windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-    return (found / found.sum(2, keepdim=True).clamp(min=1e-6)).sqrt()
+    return found / found.sum(2, keepdim=True).clamp(min=1e-6)
