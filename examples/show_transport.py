@@ -134,7 +134,7 @@ def draw(transport: Transport, title: str, path: Path) -> None:
     right.set_xticks(range(0, plan.shape[1], grid))
     right.set_yticks(range(0, cells, grid))
     figure.colorbar(shown, ax=right, label="part of the cell's mass", shrink=0.85)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
