@@ -10,12 +10,15 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+import setuptools
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 import toolchain  # noqa: E402
 
+toolchain.check_setuptools(setuptools.__version__)  # before what torch imports of it
+toolchain.check_writable(ROOT)
 try:
     import torch
     from torch.utils import cpp_extension
@@ -59,6 +62,7 @@ def extension(decision: toolchain.Decision) -> Extension:
         if not torch.cuda.is_available():
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", toolchain.DEFAULT_ARCHITECTURES)
     cxx = [f"-isystem{path}" for path in cpp_extension.include_paths()]  # no warnings about torch's headers
+    cxx += [f"-include{ROOT / 'csrc' / 'torch' / 'old_glibc.h'}"]
     cxx += [f'-DOTFACE_BUILT_WITH="{torch.__version__}"', f"-DOTFACE_BUILT_FOR={json.dumps(str(decision))}"]
 
     make: Any = cpp_extension.CUDAExtension if decision.toolkit else cpp_extension.CppExtension
@@ -88,6 +92,9 @@ class Build(cpp_extension.BuildExtension):
     def run(self) -> None:
         print(f"otface_cuda: compiling for {DECISION}", file=sys.stderr)
         super().run()
+        print(f"otface_cuda: compiled for {DECISION}", file=sys.stderr)
+        if DECISION.advice:
+            print(f"otface_cuda: for the CUDA kernels, {DECISION.advice} and build it again.", file=sys.stderr)
 
 
 setup(

@@ -1,9 +1,8 @@
 """Fast batched optimal transport and margin losses for torch."""
 
-from importlib.metadata import version as _version
-
 from ._build import load as _load
 
+__version__ = "0.1.0"
 _load()
 
 from .functional import SinkhornOutput, sinkhorn, sinkhorn_points  # noqa: E402
@@ -18,7 +17,6 @@ from .ot_triplet import OTTripletLossOutput, ot_triplet_loss  # noqa: E402
 from .otface_loss import OTFaceLoss, OTFaceOutput  # noqa: E402
 from .pairs import sinkhorn_pairs  # noqa: E402
 
-__version__ = _version("otface_cuda")
 __all__ = [
     "ArcFace",
     "CombinedMargin",

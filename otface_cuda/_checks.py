@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._build import build_info
+from ._build import build_info, how_to_get_cuda_kernels
 
 HAS_CUDA_KERNELS = "cuda" in build_info()  # asked once: torch.compile could not trace the question
-HOW_TO_GET_CUDA_KERNELS = (
-    "install a CUDA toolkit and a torch with CUDA and build it again (`python -m otface_cuda` shows why it has none)"
-)
+HOW_TO_GET_CUDA_KERNELS = f"{how_to_get_cuda_kernels()} (`python -m otface_cuda` shows why it has none)"
 COST_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GRADIENT_MODES = ("envelope", "unrolled", "implicit")
 
@@ -50,14 +48,16 @@ def check_floating(where: str, name: str, x: Any, shape: str, ranks: Sequence[in
 
 
 def check_has_kernels(where: str, name: str, x: Tensor) -> None:
-    if x.device.type == "cpu" or (x.device.type == "cuda" and HAS_CUDA_KERNELS):
+    if x.device.type == "cpu":
         return
-    if x.device.type == "cuda":
+    if x.device.type != "cuda":
+        raise ValueError(f"{where}: `{name}` must be on the CPU or on a CUDA device, got one on {x.device}")
+    # A torch without CUDA has no CUDA tensors but those without data, and ends the process where one needs a gradient.
+    if torch.version.cuda is None or not HAS_CUDA_KERNELS:
+        why = "otface_cuda was built without CUDA kernels" if torch.version.cuda else "this torch has no CUDA"
         raise ValueError(
-            f"{where}: `{name}` must be on the CPU, because otface_cuda was built without CUDA kernels, got one on "
-            f"{x.device}; {HOW_TO_GET_CUDA_KERNELS}"
+            f"{where}: `{name}` must be on the CPU, because {why}, got one on {x.device}; {HOW_TO_GET_CUDA_KERNELS}"
         )
-    raise ValueError(f"{where}: `{name}` must be on the CPU or on a CUDA device, got one on {x.device}")
 
 
 def check_dense(where: str, name: str, x: Tensor) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import torch
 
+from . import __version__
 from ._build import build_info
 
 
@@ -47,7 +47,7 @@ def info() -> Info:
     build = build_info()
     toolkit = int(build.get("cuda", 0))
     return Info(
-        version=version("otface_cuda"),
+        version=__version__,
         torch=torch.__version__,
         built_with_torch=build["built_with"],
         built_for=build["built_for"],

@@ -13,11 +13,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 OLDEST_TORCH = (2, 11)
+OLDEST_SETUPTOOLS = 77  # the first that reads `license = "MIT"` in pyproject.toml
 
 # Without a GPU to ask and without TORCH_CUDA_ARCH_LIST. Machine code for two architectures keeps the build short: that
 # for 8.0 (A100) also runs on 8.6 and 8.9, and the PTX of 9.0 (H100, H200) is translated for anything newer.
@@ -41,10 +43,14 @@ class Toolkit:
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether CUDA is built, with which toolkit, and the reason in words."""
+    """Whether CUDA is built, with which toolkit, and the reason in words.
+
+    `advice` is for one who may have expected CUDA kernels and gets none: how to get what is missing.
+    """
 
     toolkit: Toolkit | None
     reason: str
+    advice: str = ""
 
     def __str__(self) -> str:
         return f"{'CUDA and CPU' if self.toolkit else 'CPU only'}: {self.reason}"
@@ -73,12 +79,20 @@ def decide(forced: str, torch_version: str, torch_cuda: str | None, toolkits: It
     if mismatched:
         raise BuildError(
             f"torch {torch_version} is for CUDA {torch_cuda}, but the toolkit in {mismatched.root} is CUDA "
-            f"{mismatched.version}; set CUDA_HOME to one of the same major version, or OTFACE_CUDA=0 to build without."
+            f"{mismatched.version}; set CUDA_HOME to one of the same major version, or "
+            f"{how_to_get_a_toolkit(torch_cuda)}, or set OTFACE_CUDA=0 to build without."
         )
     where = "searched CUDA_HOME, CUDA_PATH, nvcc on PATH, /usr/local/cuda*, nvidia's pip packages"
     if forced:
-        raise BuildError(f"OTFACE_CUDA=1, but no CUDA toolkit was found ({where}).")
-    return Decision(None, f"no CUDA toolkit found ({where})")
+        raise BuildError(f"OTFACE_CUDA=1, but no CUDA toolkit was found ({where}); {how_to_get_a_toolkit(torch_cuda)}.")
+    return Decision(None, f"no CUDA toolkit found ({where})", how_to_get_a_toolkit(torch_cuda))
+
+
+def how_to_get_a_toolkit(torch_cuda: str) -> str:
+    """For a torch of that CUDA. nvidia's pip packages are a toolkit, in one folder, from CUDA 13 on."""
+    if int(torch_cuda.split(".")[0]) < 13:
+        return f"install NVIDIA's CUDA toolkit {torch_cuda} and set CUDA_HOME to its folder"
+    return f'run pip install "cuda-toolkit[nvcc,cccl]=={torch_cuda}.*"'
 
 
 def find_toolkits(env: Mapping[str, str], site_packages: str, installed: str = "/usr/local/cuda*") -> Iterator[Toolkit]:
@@ -136,6 +150,27 @@ def build_folder(torch_version: str) -> str:
 def check_torch(version: str) -> None:
     if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < OLDEST_TORCH:
         raise BuildError(f"torch {version} is too old; it needs torch {'.'.join(map(str, OLDEST_TORCH))} or later.")
+
+
+def check_setuptools(version: str) -> None:
+    if int(version.split(".")[0]) < OLDEST_SETUPTOOLS:
+        raise BuildError(
+            f'setuptools {version} is too old; run: pip install "setuptools>={OLDEST_SETUPTOOLS}" (or leave '
+            "--no-build-isolation out, and pip brings one, and another torch)."
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """setuptools and pip write beside the sources, wherever the result goes. Whether they can, only a file tells."""
+    for place in (folder, folder / "build", folder / "otface_cuda.egg-info"):
+        try:
+            if place.exists():
+                tempfile.TemporaryFile(dir=place).close()
+        except OSError as error:
+            raise BuildError(
+                f"{place} cannot be written to ({error.strerror}), and the build writes there; copy the source folder "
+                "to where you can, and build it there."
+            ) from None
 
 
 def check_compiler(compiler: str) -> None:
