@@ -17,8 +17,7 @@ BUILD_AGAIN = "run `pip install --no-build-isolation --force-reinstall --no-deps
 
 def load() -> None:
     """Load `otface_cuda._C`, which registers torch.ops.otface.*; the ImportError of a failure says what to do."""
-    if find_spec("otface_cuda._C") is None:
-        add_installed_library(Path(__file__).parent)
+    find_library(Path(__file__).parent)
     try:
         import_module("otface_cuda._C")
     except ImportError as error:
@@ -28,31 +27,35 @@ def load() -> None:
         raise ImportError(f"otface_cuda: {cpu_isa_error}")
 
 
-def add_installed_library(folder: Path) -> None:
-    """Let `otface_cuda._C` be found where otface_cuda is installed.
+def find_library(folder: Path) -> None:
+    """See to it that `import otface_cuda._C` finds the library, also where it is not in the folder of these files.
 
-    A Python that is started in the source folder finds the package there, where nothing is compiled. The library fits
-    these Python files if the same ones were installed with it.
+    A Python that is started in the source folder takes the package from there, where nothing is compiled unless it was
+    installed with -e. The library of the installed package fits if its Python files are the same as these.
     """
+    if (folder / LIBRARY).is_file():
+        return
+    here = f"otface_cuda is not compiled in {folder}, where Python found it"
     installed = installed_package()
     if installed is None:
         raise ImportError(
-            f"otface_cuda is not compiled in {folder}, where Python found it, and not installed elsewhere: "
-            "run `pip install --no-build-isolation .` in its source folder."
+            f"{here}, and not installed elsewhere: run `pip install --no-build-isolation .` in its source folder."
         )
     differing = sorted({name for name, _ in python_files(folder) ^ python_files(installed)})
     if differing:
         raise ImportError(
-            f"otface_cuda is not compiled in {folder}, where Python found it, and does not fit what is installed in "
-            f"{installed} ({len(differing)} Python files differ, such as {differing[0]}): run "
-            "`pip install --no-build-isolation .` in its source folder again, or start Python elsewhere."
+            f"{here}, and does not fit what is installed in {installed} ({len(differing)} Python files differ, such as "
+            f"{differing[0]}): run `pip install --no-build-isolation .` in its source folder, or leave that folder."
         )
-    sys.modules[__package__].__path__.append(str(installed))
+    sys.modules["otface_cuda"].__path__.append(str(installed))
 
 
 def installed_package() -> Path | None:
-    """The folder of an installed otface_cuda with its library. An editable installation has none of its own."""
-    folders = (Path(str(found.locate_file(__package__))) for found in distributions(name=__package__))
+    """The folder of another otface_cuda that has its library: one that pip copied, or that it knows by -e."""
+    folders = [Path(str(found.locate_file("otface_cuda"))) for found in distributions(name="otface_cuda")]
+    by_e = find_spec("otface_cuda._C")
+    if by_e and by_e.origin:
+        folders.append(Path(by_e.origin).parent)
     return next((folder for folder in folders if (folder / LIBRARY).is_file()), None)
 
 
@@ -86,7 +89,7 @@ def torch_cuda() -> str:
 def how_to_get_cuda_kernels() -> str:
     """What to do for CUDA tensors where the CUDA kernels were not compiled."""
     if torch.version.cuda is None:
-        first = f"install a torch with CUDA (this is {torch.__version__})"
+        first = "install a torch with CUDA"
     elif int(torch.version.cuda.split(".")[0]) < 13:  # nvidia's packages of those are no toolkit that nvcc could use
         first = f"install NVIDIA's CUDA toolkit {torch.version.cuda} and set CUDA_HOME to its folder"
     else:

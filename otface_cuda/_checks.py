@@ -45,19 +45,23 @@ def check_floating(where: str, name: str, x: Any, shape: str, ranks: Sequence[in
     if x.dim() not in ranks:
         raise wrong_value(where, name, f"of shape {shape}", x)
     check_dense(where, name, x)
+    if x.is_cuda and torch.version.cuda is None:
+        # Only a tensor without data can be there, and torch would end the process where one needs a gradient.
+        raise ValueError(
+            f"{where}: `{name}` must be on the CPU, because this torch ({torch.__version__}) has no CUDA, got one on "
+            f"{x.device}; {HOW_TO_GET_CUDA_KERNELS}"
+        )
 
 
 def check_has_kernels(where: str, name: str, x: Tensor) -> None:
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" or (x.device.type == "cuda" and HAS_CUDA_KERNELS):
         return
-    if x.device.type != "cuda":
-        raise ValueError(f"{where}: `{name}` must be on the CPU or on a CUDA device, got one on {x.device}")
-    # A torch without CUDA has no CUDA tensors but those without data, and ends the process where one needs a gradient.
-    if torch.version.cuda is None or not HAS_CUDA_KERNELS:
-        why = "otface_cuda was built without CUDA kernels" if torch.version.cuda else "this torch has no CUDA"
+    if x.device.type == "cuda":
         raise ValueError(
-            f"{where}: `{name}` must be on the CPU, because {why}, got one on {x.device}; {HOW_TO_GET_CUDA_KERNELS}"
+            f"{where}: `{name}` must be on the CPU, because otface_cuda was built without CUDA kernels, got one on "
+            f"{x.device}; {HOW_TO_GET_CUDA_KERNELS}"
         )
+    raise ValueError(f"{where}: `{name}` must be on the CPU or on a CUDA device, got one on {x.device}")
 
 
 def check_dense(where: str, name: str, x: Tensor) -> None:

@@ -246,28 +246,3 @@ def test_these_tests_notice_what_waits(wait: Callable[[Tensor], Any]) -> None:
     assert isinstance(caught.value, WaitError) or type(caught.value).__name__.startswith(
         ("DataDependent", "DynamicOutput")
     )
-
-
-# Which devices there are kernels for
-
-
-def check_refused(device: str, *expected: str) -> None:
-    x, index = torch.rand(B, N, D, device=device), torch.ones(B, 2, dtype=torch.int64, device=device)
-    for name, call in {
-        "cost": lambda: otface_cuda.sinkhorn(x, 0.1),
-        "x": lambda: otface_cuda.sinkhorn_points(x, x, 0.1),
-        "features": lambda: otface_cuda.sinkhorn_pairs(x, index, 0.1),
-    }.items():
-        with pytest.raises(ValueError, match=f"`{name}` must be on the CPU") as caught:
-            call()
-        assert all(words in str(caught.value) for words in (device, *expected))
-
-
-def test_a_build_without_cuda_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_checks, "HAS_CUDA_KERNELS", False)
-    check_refused("cuda:0", "built without CUDA kernels", "install a CUDA toolkit", "python -m otface_cuda")
-
-
-@pytest.mark.parametrize("device", ["meta", "xpu:0", "mps:0"])
-def test_other_devices(device: str) -> None:
-    check_refused(device, "or on a CUDA device")

@@ -2,8 +2,10 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -31,9 +33,8 @@ def test_info():
     assert bool(info.cuda) == bool(info.cuda_architectures)
 
 
-def test_version_is_that_of_pyproject():
-    pyproject = Path(__file__).resolve().parent.parent / "pyproject.toml"
-    assert f'\nversion = "{otface_cuda.__version__}"\n' in pyproject.read_text()
+def test_version_is_that_of_the_installed_distribution():
+    assert version("otface_cuda") == otface_cuda.__version__
 
 
 def test_text_of_a_cuda_build():
@@ -83,16 +84,174 @@ def test_unknown_instruction_set():
     )
 
 
-def test_not_compiled(monkeypatch):
-    monkeypatch.setattr(_build, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="otface_cuda is not compiled here: run `pip install --no-build-isolation"):
-        _build.load()
+def test_python_m_says_how_to_get_cuda_kernels():
+    said = python("-m", "otface_cuda").stdout
+    assert (_build.how_to_get_cuda_kernels() in said) == (
+        torch.version.cuda is not None and not otface_cuda.info().cuda
+    )
 
 
-def test_compiled_for_another_torch(monkeypatch):
+@pytest.mark.parametrize(
+    ("cuda", "said"),
+    [
+        (None, "install a torch with CUDA, then run `pip install --no-build-isolation"),
+        ("12.8", "install NVIDIA's CUDA toolkit 12.8 and set CUDA_HOME to its folder, then run `pip install --no-"),
+        ("13.0", 'run `pip install "cuda-toolkit[nvcc,cccl]==13.0.*"`, unless there is a CUDA toolkit, then run `pip'),
+        ("13.2", 'run `pip install "cuda-toolkit[nvcc,cccl]==13.2.*"`, unless'),
+    ],
+)
+def test_how_to_get_cuda_kernels(monkeypatch, cuda, said):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert _build.how_to_get_cuda_kernels().startswith(said)
+
+
+# Python started in the source folder, where nothing is compiled
+
+PACKAGE = Path(otface_cuda.__file__).parent
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A source folder without a compiled library."""
+    shutil.copytree(PACKAGE, tmp_path / "source" / "otface_cuda", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A folder of packages that has otface_cuda, as pip leaves it."""
+    package = tmp_path / "site" / "otface_cuda"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy(sys.modules["otface_cuda._C"].__file__, package)
+    metadata = tmp_path / "site" / "otface_cuda-0.1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: otface_cuda\nVersion: 0.1.0\n")
+    return tmp_path / "site"
+
+
+def python_in(source: Path, site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python started in `source`, for which `site` comes before everything else; without -S, what was installed with -e
+    would be seen too.
+    """
+    path = os.pathsep.join([str(site), *sys.path])
+    command, env = [sys.executable, "-S", *arguments], {**os.environ, "PYTHONPATH": path}
+    return subprocess.run(command, cwd=source, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_the_source_folder_takes_the_library_of_what_is_installed(source, site, built):
+    if built:  # what pip leaves in the source folder; it describes the package there, which has no library
+        (source / "otface_cuda.egg-info").mkdir()
+        (source / "otface_cuda.egg-info" / "PKG-INFO").write_text("Name: otface_cuda\nVersion: 0.0.9\n")
+    program = (
+        "import sys, otface_cuda, torch; print(otface_cuda.sinkhorn(torch.ones(2, 2), 1.0).value.item())\n"
+        "print(otface_cuda.__file__, sys.modules['otface_cuda._C'].__file__, otface_cuda.info().version, sep='\\n')"
+    )
+    done = python_in(source, site, "-c", program)
+    assert done.stdout.splitlines() == [
+        "1.0",
+        str(source / "otface_cuda" / "__init__.py"),
+        str(site / "otface_cuda" / "_C.abi3.so"),
+        otface_cuda.__version__,
+    ], done.stderr
+    assert python_in(source, site, "-m", "otface_cuda").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "count", "name"),
+    [
+        (lambda source: (source / "otface_cuda" / "_checks.py").open("a").write("# newer"), 1, "_checks.py"),
+        (lambda source: (source / "otface_cuda" / "compat" / "newer.py").touch(), 1, "compat/newer.py"),
+        (lambda source: (source / "otface_cuda" / "functional.py").unlink(), 1, "functional.py"),
+    ],
+    ids=["changed", "added", "removed"],
+)
+def test_other_python_files_than_those_installed(source, site, change, count, name):
+    change(source)
+    done = python_in(source, site, "-c", "import otface_cuda")
+    assert done.returncode == 1
+    assert f"ImportError: otface_cuda is not compiled in {source}/otface_cuda, where Python found it, " in done.stderr
+    differ = f"{count} Python files differ, such as {name}"
+    assert f"does not fit what is installed in {site}/otface_cuda ({differ}): run `pip install" in done.stderr
+
+
+def test_nothing_is_installed(source, tmp_path):
+    program = "import importlib.metadata as m; m.distributions = lambda **options: []; import otface_cuda"
+    done = python_in(source, tmp_path, "-c", program)
+    assert f"ImportError: otface_cuda is not compiled in {source}/otface_cuda" in done.stderr
+    assert "and not installed elsewhere: run `pip install --no-build-isolation .`" in done.stderr
+
+
+# What the loader of shared libraries says
+
+
+def shared_library(path: Path, source: str, *options: str) -> Path:
+    path.with_suffix(".c").write_text(source)
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", path, path.with_suffix(".c"), *options], check=True)
+    return path
+
+
+def error_of_loading(library: Path) -> str:
+    done = python("-c", f"import ctypes; ctypes.CDLL({str(library)!r}, mode=ctypes.RTLD_GLOBAL | 2)")
+    assert done.returncode == 1
+    return done.stderr.splitlines()[-1]
+
+
+USE = 'extern "C" void other(); extern "C" void use() { other(); }'
+OTHER = 'extern "C" void other() {}'
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("libfoo.so.7", r"it needs libfoo\.so\.7, which was not found on this machine; install that, or run `pip"),
+        (
+            "libtorch_cuda.so",
+            r"it was compiled for a torch that does not .*, which does not bring libtorch_cuda\.so; run",
+        ),
+        (
+            "libcudart.so.12",
+            r"it was compiled for a torch that does not .*, which does not bring libcudart\.so\.12; run",
+        ),
+    ],
+)
+def test_a_library_is_missing(tmp_path, name, said):
+    other = shared_library(tmp_path / name, OTHER, f"-Wl,-soname,{name}")
+    library = shared_library(tmp_path / "_C.so", USE, str(other))
+    other.unlink()
+    assert re.match(said, _build.why_it_does_not_load(error_of_loading(library)))
+
+
+def test_a_newer_system_is_needed(tmp_path):
+    def other(version: str) -> Path:
+        (tmp_path / "versions").write_text(f"{version} {{ other; }};")
+        return shared_library(tmp_path / "libc7.so", OTHER, f"-Wl,--version-script={tmp_path / 'versions'}")
+
+    library = shared_library(tmp_path / "_C.so", USE, str(other("GLIBC_7.34")))
+    other("GLIBC_7.28")
+    said = _build.why_it_does_not_load(error_of_loading(library))
+    assert said.startswith("it was compiled on a newer system than this one, which lacks GLIBC_7.34; run `pip install")
+
+
+def test_a_symbol_is_missing(tmp_path):
+    said = _build.why_it_does_not_load(error_of_loading(shared_library(tmp_path / "_C.so", USE)))
+    cuda = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    torch_is = (
+        f"it was compiled for a torch that does not fit the installed one ({torch.__version__}, {cuda}); run `pip"
+    )
+    assert said.startswith(torch_is)
+
+
+def test_any_other_failure():
+    assert _build.why_it_does_not_load("out of luck").startswith("its compiled library does not load; run `pip install")
+
+
+def test_the_error_of_the_loader_is_in_the_message(monkeypatch):
     def fail(name):
-        raise ImportError("undefined symbol: torch_library_impl")
+        raise ImportError("libfoo.so.7: cannot open shared object file: No such file or directory")
 
     monkeypatch.setattr(_build, "import_module", fail)
-    with pytest.raises(ImportError, match=r"compiled for a torch that does not fit .* \(undefined symbol"):
+    with pytest.raises(
+        ImportError, match=r"^otface_cuda: it needs libfoo\.so\.7, .* source folder\. \(libfoo\.so\.7: "
+    ):
         _build.load()
