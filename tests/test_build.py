@@ -14,10 +14,12 @@ import kernel_resources
 import nvcc_report
 import pytest
 import toolchain
+import torch
 import wheel_contents
 from toolchain import BuildError, Toolkit
 
 import otface_cuda
+from otface_cuda import _build
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -87,6 +89,29 @@ def test_a_torch_without_cuda_never_looks_for_a_toolkit():
         yield
 
     assert toolchain.decide("", *CPU_TORCH, toolkits()).toolkit is None
+
+
+@pytest.mark.parametrize(
+    ("cuda", "advice"),
+    [
+        ("13.0", 'run pip install "cuda-toolkit[nvcc,cccl]==13.0.*"'),
+        ("14.2", 'run pip install "cuda-toolkit[nvcc,cccl]==14.2.*"'),
+        ("12.8", "install NVIDIA's CUDA toolkit 12.8 and set CUDA_HOME to its folder"),
+    ],
+)
+def test_how_to_get_a_toolkit(monkeypatch, cuda, advice):
+    """At the end of the build, in what stops it, and later at the first CUDA tensor."""
+    assert toolchain.decide("", "2.14.0", cuda, iter([])).advice == advice
+    for forced, toolkits in (("1", []), ("", [Toolkit(Path("/opt/cuda-11"), "11.0")])):
+        with pytest.raises(BuildError, match=re.escape(advice)):
+            toolchain.decide(forced, "2.14.0", cuda, iter(toolkits))
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert _build.how_to_get_cuda_kernels().replace("`", "").startswith(advice)
+
+
+@pytest.mark.parametrize(("forced", "installed"), [("", CPU_TORCH), ("0", GPU_TORCH), ("0", CPU_TORCH)])
+def test_no_advice_where_the_cpu_alone_is_what_was_asked_for(forced, installed):
+    assert toolchain.decide(forced, *installed, iter([])).advice == ""
 
 
 # Where the toolkit is
@@ -160,6 +185,28 @@ def test_new_enough_torch(version):
 def test_old_torch(version):
     with pytest.raises(BuildError, match=re.escape(f"torch {version} is too old; it needs torch 2.11 or later")):
         toolchain.check_torch(version)
+
+
+def test_setuptools():
+    toolchain.check_setuptools("77.0.1")
+    toolchain.check_setuptools("103.1")
+    with pytest.raises(BuildError, match=r'setuptools 76\.1\.0 is too old; run: pip install "setuptools>=77"'):
+        toolchain.check_setuptools("76.1.0")
+    requires = f'"setuptools>={toolchain.OLDEST_SETUPTOOLS}"'
+    for name in ("pyproject.toml", "README.md"):
+        assert requires in (ROOT / name).read_text()
+
+
+def test_source_folder_that_cannot_be_written_to(tmp_path):
+    """/proc cannot be, whoever asks; elsewhere permissions do not bind root."""
+    toolchain.check_writable(tmp_path)
+    with pytest.raises(
+        BuildError, match=r"/proc cannot be written to \(.+\), and the build writes there; copy the source"
+    ):
+        toolchain.check_writable(Path("/proc"))
+    (tmp_path / "build").symlink_to("/proc")  # as a build by another user leaves it
+    with pytest.raises(BuildError, match="/build cannot be written to"):
+        toolchain.check_writable(tmp_path)
 
 
 def test_compiler(tmp_path):
@@ -274,6 +321,26 @@ def test_contents_of_a_wheel():
         "otface_cuda/py.typed is missing",
         "tests/test_build.py does not belong there",
     ]
+
+
+# Printed by objdump -T.
+SYMBOLS = """\
+0000000000000000      DF *UND*	0000000000000000 (GLIBC_2.2.5) memcmp
+0000000000000000      DF *UND*	0000000000000000 (GLIBC_2.29) exp
+0000000000000000      DO *UND*	0000000000000000 (GLIBC_2.32) __libc_single_threaded
+0000000000000000      DF *UND*	0000000000000000 (GLIBCXX_3.4.21) _ZNSt13runtime_errorC1ERKNSt7__cxx1112basic_string
+0000000000000000  w   DF *UND*	0000000000000000 (CXXABI_1.3.15) __cxa_call_terminate
+"""
+
+
+def test_a_wheel_that_needs_a_newer_system_than_torch():
+    assert wheel_contents.too_new(SYMBOLS) == [
+        "__cxa_call_terminate needs CXXABI_1.3.15, torch's wheels no more than 1.3.11",
+        "exp needs GLIBC_2.29, torch's wheels no more than 2.28",
+        "__libc_single_threaded needs GLIBC_2.32, torch's wheels no more than 2.28",
+    ]
+    assert wheel_contents.too_new(SYMBOLS.splitlines()[0]) == []
+    assert wheel_contents.too_new("") == ["objdump lists no symbol of glibc, so nothing was checked"]
 
 
 def test_the_package_list_is_complete():

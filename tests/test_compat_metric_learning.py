@@ -397,7 +397,7 @@ def at_the_end(theirs: Any, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, 
 @every_loss
 @pytest.mark.parametrize("cos", [1, -1])
 def test_embeddings_that_are_their_class(name: str, cos: int) -> None:
-    """Where |cos| = 1, the gradient is finite, and the original's where that is: with some versions of torch it is NaN."""
+    """Where |cos| = 1, the gradient is finite, and the original's where that is: with some torch it is NaN."""
     mine, theirs = pair(name, classes=3, scale=2)
     mine.W.data = torch.eye(3).double()
     if name == "SubCenterArcFaceLoss":

@@ -138,13 +138,33 @@ def python_in(source: Path, site: Path, *arguments: str) -> subprocess.Completed
     return subprocess.run(command, cwd=source, env=env, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("built", [False, True])
-def test_the_source_folder_takes_the_library_of_what_is_installed(source, site, built):
-    if built:  # what pip leaves in the source folder; it describes the package there, which has no library
-        (source / "otface_cuda.egg-info").mkdir()
-        (source / "otface_cuda.egg-info" / "PKG-INFO").write_text("Name: otface_cuda\nVersion: 0.0.9\n")
+def egg_info(source: Path, site: Path) -> str:
+    """What pip leaves in the source folder describes the package there, which has no library."""
+    (source / "otface_cuda.egg-info").mkdir()
+    (source / "otface_cuda.egg-info" / "PKG-INFO").write_text("Name: otface_cuda\nVersion: 0.0.9\n")
+    return ""
+
+
+NOT_LISTED = "import importlib.metadata as m; m.distributions = lambda **options: []\n"
+
+
+def installed_with_e(source: Path, site: Path) -> str:
+    """No distribution that lists the package, but an importer that knows where it is, as setuptools makes it."""
+    library = str(site / "otface_cuda" / "_C.abi3.so")
+    return NOT_LISTED + (
+        "import importlib.util as u, sys\n"
+        "class Finder:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        f"        return u.spec_from_file_location(name, {library!r}) if name == 'otface_cuda._C' else None\n"
+        "sys.meta_path.append(Finder)\n"
+    )
+
+
+@pytest.mark.parametrize("way", [None, egg_info, installed_with_e], ids=lambda way: way and way.__name__)
+def test_the_source_folder_takes_the_library_of_what_is_installed(source, site, way):
+    before = way(source, site) if way else ""
     program = (
-        "import sys, otface_cuda, torch; print(otface_cuda.sinkhorn(torch.ones(2, 2), 1.0).value.item())\n"
+        before + "import sys, otface_cuda, torch; print(otface_cuda.sinkhorn(torch.ones(2, 2), 1.0).value.item())\n"
         "print(otface_cuda.__file__, sys.modules['otface_cuda._C'].__file__, otface_cuda.info().version, sep='\\n')"
     )
     done = python_in(source, site, "-c", program)
@@ -154,7 +174,10 @@ def test_the_source_folder_takes_the_library_of_what_is_installed(source, site, 
         str(site / "otface_cuda" / "_C.abi3.so"),
         otface_cuda.__version__,
     ], done.stderr
-    assert python_in(source, site, "-m", "otface_cuda").returncode == 0
+
+
+def test_python_m_in_the_source_folder(source, site):
+    assert python_in(source, site, "-m", "otface_cuda").stdout.startswith(f"otface_cuda {otface_cuda.__version__}\n")
 
 
 @pytest.mark.parametrize(
@@ -176,8 +199,7 @@ def test_other_python_files_than_those_installed(source, site, change, count, na
 
 
 def test_nothing_is_installed(source, tmp_path):
-    program = "import importlib.metadata as m; m.distributions = lambda **options: []; import otface_cuda"
-    done = python_in(source, tmp_path, "-c", program)
+    done = python_in(source, tmp_path, "-c", NOT_LISTED + "import otface_cuda")
     assert f"ImportError: otface_cuda is not compiled in {source}/otface_cuda" in done.stderr
     assert "and not installed elsewhere: run `pip install --no-build-isolation .`" in done.stderr
 
