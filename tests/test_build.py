@@ -21,6 +21,8 @@ from toolchain import BuildError, Toolkit
 import otface_cuda
 from otface_cuda import _build
 
+pytestmark = pytest.mark.either_torch
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

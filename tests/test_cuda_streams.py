@@ -13,7 +13,7 @@ import otface_cuda
 
 from .problems import random_problem
 
-pytestmark = pytest.mark.parametrize("device", ["cuda"], indirect=True)
+pytestmark = [pytest.mark.either_torch, pytest.mark.parametrize("device", ["cuda"], indirect=True)]
 
 # One size for each tier on most GPUs, in float32: registers, shared memory, global memory.
 SIZES = [(49, 49), (150, 130), (400, 300)]

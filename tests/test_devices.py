@@ -16,6 +16,8 @@ import otface_cuda
 from otface_cuda import _build, _checks
 from otface_cuda.compat import insightface, layers, metric_learning, otface, pot
 
+pytestmark = pytest.mark.either_torch
+
 B, N, C, D = 3, 4, 6, 2
 MARGIN: dict[str, Any] = {"margin": otface_cuda.ArcFace(0.5), "scale": 64.0}
 

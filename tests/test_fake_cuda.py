@@ -18,6 +18,8 @@ from otface_cuda import _checks, autograd, costs, mining, ot_triplet, pairs
 from .fake_cuda import WaitError, fake_tensors, ones, rand  # noqa: F401
 from .problems import DTYPES, output_dtype
 
+pytestmark = pytest.mark.either_torch
+
 MODES = ["envelope", "unrolled", "implicit"]
 METRICS = ["cosine", "sqeuclidean", "euclidean"]
 B, N, M, D, FEATURES = 3, 4, 5, 2, 6

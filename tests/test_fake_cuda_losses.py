@@ -16,6 +16,8 @@ from otface_cuda import margin_softmax, mining, ot_triplet
 from .fake_cuda import WaitError, fake_tensors, ones, rand  # noqa: F401
 from .problems import DTYPES, output_dtype
 
+pytestmark = pytest.mark.either_torch
+
 B, C, D, T = 8, 30, 6, 12
 SETTINGS: dict[str, Any] = {"margin": otface_cuda.ArcFace(0.5), "scale": 64.0}
 

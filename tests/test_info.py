@@ -15,6 +15,8 @@ import otface_cuda
 from otface_cuda import _build
 from otface_cuda.info import Info
 
+pytestmark = pytest.mark.either_torch
+
 
 def python(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

@@ -15,6 +15,8 @@ import otface_cuda
 from otface_cuda import _checks, kernel_for
 from otface_cuda.kernels import VECTOR_BYTES, row_blocks
 
+pytestmark = pytest.mark.either_torch
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -18,6 +18,8 @@ from .margin_problems import MarginProblem, gradients, random_margin_problem
 from .problems import has_cuda_kernels
 from .test_operators import Recorder
 
+pytestmark = pytest.mark.either_torch
+
 SETTINGS: dict[str, Any] = {"margin": ArcFace(0.5), "scale": 16.0}
 FUNCTIONS = ["cosine_margin_logits", "margin_softmax_loss"]
 every_function = pytest.mark.parametrize("function", FUNCTIONS)

@@ -16,6 +16,8 @@ import otface_cuda
 
 from .problems import Problem, random_problem
 
+pytestmark = pytest.mark.either_torch
+
 MODES = ["envelope", "unrolled", "implicit"]
 EPS = 0.5
 
