@@ -37,7 +37,7 @@ assert package == Path("otface_cuda").resolve(), package
 assert library.is_relative_to(sys.prefix), library
 blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
 for block in blocks:
-    if "pip install" not in block:  # a block says in this way what else it needs
+    if "# pip install " not in block:  # a block says in this way what else it needs
         exec(compile(block, "README.md", "exec"), {})
 print(f"readme_check: {len(blocks)} blocks of Python; the library of {library}")
 END
