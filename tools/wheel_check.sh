@@ -58,7 +58,7 @@ fi
 
 step 'the wheel in use'
 cp -r tests "$outside/tests"
-cp pyproject.toml "$outside" # for pytest, and a test compares the version
+cp pyproject.toml "$outside" # for pytest
 cd "$outside"
 "$there" -m otface_cuda
 "$there" -c '
