@@ -52,12 +52,19 @@ class UnitVectors(NamedTuple):
         return across.div_(self.length).div_(self.largest)
 
 
+def for_compile(x: Tensor) -> Tensor:
+    """What the forward of a Function returns, if it was written in place: by the torch.compile of torch 2.11, which
+    takes such a tensor for one with a gradient of its own, the Function's backward is left out, but not of an alias.
+    """
+    return x.view_as(x) if torch.compiler.is_compiling() else x
+
+
 class _UnitLength(torch.autograd.Function):
     @staticmethod
     def forward(ctx, points: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         vectors = UnitVectors.of(points)
         ctx.save_for_backward(*vectors)
-        return vectors.unit
+        return for_compile(vectors.unit)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -107,7 +114,7 @@ class PairwiseCost(torch.autograd.Function):
         cost = cost_of_prepared(x, y, metric)
         ctx.metric = metric
         ctx.save_for_backward(x, y, cost)
-        return cost
+        return for_compile(cost)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]

@@ -250,7 +250,5 @@ def test_no_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_checks, "HAS_CUDA_KERNELS", False)
-    with pytest.raises(
-        ValueError, match=r"kernel_for: `device` must be 'cpu', .* install a CUDA toolkit .*-m otface_cuda"
-    ):
+    with pytest.raises(ValueError, match=r"kernel_for: `device` must be 'cpu', .*; (run|install) .*-m otface_cuda"):
         kernel_for(49, 49)
