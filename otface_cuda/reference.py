@@ -32,6 +32,7 @@ tensor([0.5000, 0.5000], dtype=torch.float64)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -39,20 +40,31 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ._documented import documented_fields
+
 __all__ = ["ReferenceOutput", "cost_matrix", "sinkhorn_iterates", "sinkhorn_reference"]
 
 
+@documented_fields
 class ReferenceOutput(NamedTuple):
     """The fields of ``otface_cuda.SinkhornOutput``, in float64."""
 
-    value: Tensor  # (B,)  <a, f> + <b, g>
-    transport_cost: Tensor  # (B,)  <P, C>
-    f: Tensor  # (B, n)
-    g: Tensor  # (B, m)
-    plan: Tensor | None  # (B, n, m)
-    error: Tensor  # (B,)  |P 1 - a|_1 / W
-    n_iter: Tensor  # (B,)  int64
-    converged: Tensor  # (B,)  bool
+    value: Tensor
+    """(B,) <a, f> + <b, g>."""
+    transport_cost: Tensor
+    """(B,) <P, C>."""
+    f: Tensor
+    """(B, n) potentials of the rows."""
+    g: Tensor
+    """(B, m) potentials of the columns."""
+    plan: Tensor | None
+    """(B, n, m) P."""
+    error: Tensor
+    """(B,) |P 1 - a|_1 / W."""
+    n_iter: Tensor
+    """(B,) int64."""
+    converged: Tensor
+    """(B,) bool: error <= tol, or where tol is 0, error <= 2^-50 sqrt(n + m)."""
 
 
 def sinkhorn_reference(
@@ -186,8 +198,13 @@ def _solve(
         plan=plan,
         error=error,
         n_iter=torch.tensor(n_iter),
-        converged=error.detach() <= tol,
+        converged=error.detach() <= (tol if tol > 0 else _rounding_level(*cost.shape)),
     )
+
+
+def _rounding_level(rows: int, cols: int) -> float:
+    """The error that rounding may leave at a fixed point."""
+    return 4 * torch.finfo(torch.float64).eps * math.sqrt(rows + cols)
 
 
 def _soft_min(cost: Tensor, weights: Tensor, eps: float, dim: int) -> Tensor:

@@ -239,7 +239,7 @@ class TestStopping:
         cost = torch.tensor([[0.5, 0.25]], device=device)
         out = otface_cuda.sinkhorn(cost, 1.0, max_iter=37, check_every=1)
         assert out.n_iter == 37
-        assert out.converged == (out.error <= 0)
+        assert out.converged
 
     def test_no_problem_converges(self, device: str) -> None:
         out = check(self.problem(device), self.EPS, max_iter=13, tol=1e-12, check_every=5)
@@ -251,6 +251,58 @@ class TestStopping:
         out = check(self.problem(device), self.EPS, max_iter=499, tol=1e-6, check_every=1000)
         assert out.n_iter.tolist() == [499] * 4
         assert out.converged.all()
+
+
+def rounding_level(dtype: torch.dtype, n: int, m: int) -> float:
+    """What `converged` compares the error with where tol is 0."""
+    return 4 * torch.finfo(output_dtype(dtype)).eps * math.sqrt(n + m)
+
+
+class TestConvergedWithoutTol:
+    @pytest.mark.instruction_set
+    @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (2, 2), (49, 49), (300, 7), (65, 200)], ids=str)
+    def test_at_the_fixed_point(self, shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+        """Costs in [0, 1] at eps 1: a step shrinks the error by tanh(1/2)^2 < 0.22 at least, below 1e-19 in 30."""
+        problem = random_problem(20, *shape, seed=12, dtype=dtype, device=device)
+        for a, b in ((problem.a, problem.b), (None, None)):
+            out = otface_cuda.sinkhorn(problem.cost, 1.0, a, b, max_iter=30)
+            assert out.converged.all(), out.error.max() / rounding_level(dtype, *shape)
+
+    @pytest.mark.instruction_set
+    def test_is_the_level_that_is_documented(self, dtype: torch.dtype, device: str) -> None:
+        """On the way to the fixed point, with errors of all sizes."""
+        problem = random_problem(20, 9, 12, seed=13, dtype=dtype, device=device)
+        seen = set()
+        for max_iter in range(1, 100, 3):
+            out = problem.solve(0.1, max_iter=max_iter)
+            assert torch.equal(out.converged, out.error <= rounding_level(dtype, 9, 12))
+            seen |= set(out.converged.tolist())
+        assert seen == {False, True}
+
+    def test_sizes_are_those_of_the_problem(self, device: str) -> None:
+        """Padding does not raise the level; here the errors come to lie between that of 5 x 4 and that of 400 x 300."""
+        problem = random_problem(20, 400, 300, seed=14, device=device)
+        lengths = {"row_lengths": torch.full((20,), 5), "col_lengths": torch.full((20,), 4)}
+        lengths = {name: x.to(device) for name, x in lengths.items()}
+        own, padded = rounding_level(torch.float64, 5, 4), rounding_level(torch.float64, 400, 300)
+        between = 0
+        for max_iter in range(20, 80, 2):
+            out = otface_cuda.sinkhorn(problem.cost, 0.2, max_iter=max_iter, **lengths)
+            assert torch.equal(out.converged, out.error <= own)
+            between += int(((own < out.error) & (out.error <= padded)).sum())
+        assert between > 0
+
+    def test_with_and_without_tol_in_one_batch(self, device: str) -> None:
+        problem = random_problem(3, 6, 6, seed=15, device=device)
+        tol = torch.tensor([0.0, 1e-17, 0.5], dtype=torch.float64, device=device)
+        assert problem.solve(1.0, tol=tol, max_iter=30).converged.tolist() == [True, False, True]
+        tol = torch.tensor([0.0, 1e-9, 0.5], dtype=torch.float64, device=device)
+        assert problem.solve(0.1, tol=tol, max_iter=1).converged.tolist() == [False, False, True]
+
+    def test_without_a_solution(self, device: str) -> None:
+        cost = random_problem(2, 6, 6, device=device).cost
+        cost[1, 2, 3] = math.nan
+        assert otface_cuda.sinkhorn(cost, 1.0).converged.tolist() == [True, False]
 
 
 def test_potentials_balance(dtype: torch.dtype, device: str) -> None:

@@ -1,4 +1,5 @@
-// Numbers that decide when a solve leaves multiply-adds for one iteration in the log domain; the same on every device.
+// Numbers that decide when a solve leaves multiply-adds for one iteration in the log domain, and when it has converged; the
+// same on every device.
 #pragma once
 
 namespace otface::sinkhorn {
@@ -16,6 +17,20 @@ template <>
 struct Band<double> {
   static constexpr double low = 1.3838965e-87, high = 7.2259738e86;  // exp(-200), exp(200)
   static constexpr double least_normal = 2.2250738585072014e-308;
+};
+
+// Without a tolerance, a problem has converged if rounding alone explains its error: error^2 <= value (n + m), where value
+// is (4 epsilon)^2. Row and column sums are rounded m + n times, by half an epsilon at most, mostly up and down in turn:
+// sqrt(n + m) / 2 epsilon, and the error compares two sweeps. The other factor of 4 is room for products and quotients.
+template <class T>
+struct RoundingLevel;
+template <>
+struct RoundingLevel<float> {
+  static constexpr double value = 0x1p-42;
+};
+template <>
+struct RoundingLevel<double> {
+  static constexpr double value = 0x1p-100;
 };
 
 // 2^x is cut off at this x: an entry of K without weight in its row may be as large as it likes, but must stay finite.

@@ -194,7 +194,8 @@ class ForwardSolver {
     static_cast<T*>(params_->transport_cost)[p.index] = static_cast<T>(cost);
     static_cast<T*>(params_->error)[p.index] = static_cast<T>(error);
     params_->n_iter[p.index] = iteration_;
-    params_->converged[p.index] = error <= tol_;
+    params_->converged[p.index] =
+        tol_ > 0 ? error <= tol_ : error * error <= RoundingLevel<T>::value * static_cast<double>(p.rows + p.cols);
   }
 
   void write_plan_row(int64_t i, T r, T* buffer, T* out) const {

@@ -237,7 +237,10 @@ class Forward {
         write(params_.transport_cost, sums[1]);
         write(params_.error, error);
         params_.n_iter[p.index] = solved ? iteration : 0;
-        params_.converged[p.index] = solved && error <= tol();
+        const bool reached = tol() > 0
+                                 ? error <= tol()
+                                 : error * error <= RoundingLevel<T>::value * static_cast<double>(p.rows + p.cols);
+        params_.converged[p.index] = solved && reached;
       }
     }
   }
