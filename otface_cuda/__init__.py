@@ -5,6 +5,7 @@ from ._build import load as _load
 __version__ = "0.1.0"
 _load()
 
+from ._convergence import ConvergenceWarning  # noqa: E402
 from .functional import SinkhornOutput, sinkhorn, sinkhorn_points  # noqa: E402
 from .info import info  # noqa: E402
 from .kernels import kernel_for  # noqa: E402
@@ -20,6 +21,7 @@ from .pairs import sinkhorn_pairs  # noqa: E402
 __all__ = [
     "ArcFace",
     "CombinedMargin",
+    "ConvergenceWarning",
     "CosFace",
     "CosineMarginLogits",
     "Margin",

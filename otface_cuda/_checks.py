@@ -21,6 +21,8 @@ GRADIENT_MODES = ("envelope", "unrolled", "implicit")
 
 def describe(x: Any) -> str:
     """How a wrong argument is named in a message."""
+    if isinstance(x, Tensor) and x.is_nested:
+        return "a nested tensor"  # one that is not jagged has no shape
     if isinstance(x, Tensor):
         return f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)}"
     if isinstance(x, type):
@@ -36,15 +38,17 @@ def wrong_type(where: str, name: str, expected: str, got: Any) -> TypeError:
     return TypeError(f"{where}: `{name}` must be {expected}, got {describe(got)}")
 
 
-def check_floating(where: str, name: str, x: Any, shape: str, ranks: Sequence[int]) -> None:
-    """A float tensor of one of the ranks; `shape` says it in words."""
+def check_floating(
+    where: str, name: str, x: Any, shape: str, ranks: Sequence[int], *, takes_lengths: bool = False
+) -> None:
+    """A float tensor of one of the ranks; `shape` says it in words. `takes_lengths`: whether it may be padded."""
     if not isinstance(x, Tensor):
         raise wrong_type(where, name, f"a tensor of shape {shape}", x)
     if x.dtype not in COST_DTYPES:
         raise wrong_type(where, name, "float64, float32, bfloat16 or float16", x)
+    check_dense(where, name, x, pad=ranks != (1,), takes_lengths=takes_lengths)
     if x.dim() not in ranks:
         raise wrong_value(where, name, f"of shape {shape}", x)
-    check_dense(where, name, x)
     if x.is_cuda and torch.version.cuda is None:
         # Only a tensor without data can be there, and torch would end the process where one needs a gradient.
         raise ValueError(
@@ -64,7 +68,12 @@ def check_has_kernels(where: str, name: str, x: Tensor) -> None:
     raise ValueError(f"{where}: `{name}` must be on the CPU or on a CUDA device, got one on {x.device}")
 
 
-def check_dense(where: str, name: str, x: Tensor) -> None:
+def check_dense(where: str, name: str, x: Tensor, *, pad: bool = False, takes_lengths: bool = False) -> None:
+    """To be called before the shape is asked for, which a nested tensor may not have. `pad`: what to do with that."""
+    if x.is_nested:
+        instead = f"; pass a padded one, as `torch.nested.to_padded_tensor({name}, 0.0)` makes it" if pad else ""
+        lengths = ", with its sizes as `row_lengths` and `col_lengths`" if takes_lengths else ""
+        raise TypeError(f"{where}: `{name}` must be a dense tensor, got a nested one{instead}{lengths}")
     if x.layout != torch.strided:
         raise TypeError(f"{where}: `{name}` must be a dense tensor, got a sparse one; pass `{name}.to_dense()`")
 
@@ -94,6 +103,11 @@ def check_finite(where: str, name: str, x: Any) -> float:
     return number
 
 
+def check_bool(where: str, name: str, x: Any) -> None:
+    if not isinstance(x, bool):
+        raise wrong_type(where, name, "True or False", x)
+
+
 def check_choice(where: str, name: str, x: Any, choices: Sequence[str]) -> None:
     if x not in choices:
         raise wrong_value(where, name, " or ".join([", ".join(map(repr, choices[:-1])), repr(choices[-1])]), x)
@@ -101,39 +115,70 @@ def check_choice(where: str, name: str, x: Any, choices: Sequence[str]) -> None:
 
 def per_problem(where: str, name: str, x: Any, batch: int, like_name: str, like: Tensor, *, positive: bool) -> Tensor:
     """A float, or a tensor with one number per problem, as (batch,) float64. Gradients do not pass through it."""
-    expected = "a positive float" if positive else "a float of at least 0"
-    if isinstance(x, Tensor):
-        if x.is_complex() or x.dtype == torch.bool:
-            raise wrong_type(where, name, f"{expected} or a tensor of shape ({batch},)", x)
-        if x.requires_grad:
-            raise ValueError(
-                f"{where}: `{name}` must not require grad, its gradient is not computed; pass `{name}.detach()`"
-            )
-        if x.shape not in ((), (batch,)):
-            raise wrong_value(where, name, f"{expected} or a tensor of shape ({batch},)", x)
-        if x.dim() > 0 or x.device.type != "cpu":  # one number may come from the CPU
-            check_device(where, name, x, like_name, like)
-        values = x.to(torch.float64).expand(batch)
-        if checks_data(values):
-            wrong = ~(values > 0) if positive else ~(values >= 0)
-            wrong |= ~values.isfinite()
-            if wrong.any():
-                k = int(wrong.nonzero()[0])
-                raise ValueError(
-                    f"{where}: `{name}` must be positive and finite, got {values[k].item()} for problem {k}"
-                    if positive
-                    else f"{where}: `{name}` must be at least 0 and finite, got {values[k].item()} for problem {k}"
-                )
-        if values.device == like.device:
-            return values
-        # By arithmetic, which hands the number to the GPU with the launch: a copy from the CPU would wait for it.
-        return (torch.zeros((), dtype=torch.float64, device=like.device) + x).expand(batch)
+    if not isinstance(x, Tensor):
+        number = _check_number(where, name, x, batch, positive)
+        return torch.full((), number, dtype=torch.float64, device=like.device).expand(batch)
+    _check_numbers_type(where, name, x, batch, positive)
+    if x.shape not in ((), (batch,)):
+        raise wrong_value(where, name, _number_or_numbers(batch, positive), x)
+    if x.dim() > 0 or x.device.type != "cpu":  # one number may come from the CPU
+        check_device(where, name, x, like_name, like)
+    values = x.to(torch.float64).expand(batch)
+    _check_numbers(where, name, values, positive)
+    if values.device == like.device:
+        return values
+    # By arithmetic, which hands the number to the GPU with the launch: a copy from the CPU would wait for it.
+    return (torch.zeros((), dtype=torch.float64, device=like.device) + x).expand(batch)
+
+
+def check_setting_per_problem(where: str, name: str, x: Any, *, positive: bool) -> None:
+    """What `per_problem` takes, as far as it can be told before there are problems."""
+    if not isinstance(x, Tensor):
+        _check_number(where, name, x, "B", positive)
+        return
+    _check_numbers_type(where, name, x, "B", positive)
+    if x.dim() > 1:
+        raise wrong_value(where, name, _number_or_numbers("B", positive), x)
+    _check_numbers(where, name, x.reshape(-1), positive)
+
+
+def _number_or_numbers(batch: int | str, positive: bool) -> str:
+    """For messages alone: under torch.compile it would fix the size of the batch."""
+    return f"{'a positive float' if positive else 'a float of at least 0'} or a tensor of shape ({batch},)"
+
+
+def _check_number(where: str, name: str, x: Any, batch: int | str, positive: bool) -> float:
     if isinstance(x, bool) or not isinstance(x, (Real, torch.SymFloat, torch.SymInt)):
-        raise wrong_type(where, name, f"{expected} or a tensor of shape ({batch},)", x)
+        raise wrong_type(where, name, _number_or_numbers(batch, positive), x)
     number = float(x)
     if not ((number > 0 if positive else number >= 0) and number < math.inf):
         raise wrong_value(where, name, "positive and finite" if positive else "at least 0 and finite", x)
-    return torch.full((), number, dtype=torch.float64, device=like.device).expand(batch)
+    return number
+
+
+def _check_numbers_type(where: str, name: str, x: Tensor, batch: int | str, positive: bool) -> None:
+    if x.is_complex() or x.dtype == torch.bool:
+        raise wrong_type(where, name, _number_or_numbers(batch, positive), x)
+    check_dense(where, name, x)
+    if x.requires_grad:
+        raise ValueError(
+            f"{where}: `{name}` must not require grad, its gradient is not computed; pass `{name}.detach()`"
+        )
+
+
+def _check_numbers(where: str, name: str, values: Tensor, positive: bool) -> None:
+    """Of (B,) values, if they may be looked at."""
+    if not checks_data(values):
+        return
+    wrong = ~(values > 0) if positive else ~(values >= 0)
+    wrong |= ~values.isfinite()
+    if wrong.any():
+        k = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{where}: `{name}` must be positive and finite, got {values[k].item()} for problem {k}"
+            if positive
+            else f"{where}: `{name}` must be at least 0 and finite, got {values[k].item()} for problem {k}"
+        )
 
 
 def checks_data(x: Tensor) -> bool:
@@ -143,16 +188,17 @@ def checks_data(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return x.device.type == "cpu" or os.environ.get("OTFACE_CHECK") == "1"
+    return x.device.type == "cpu" or (os.environ.get("OTFACE_CHECK") == "1" and not x.is_meta)
 
 
 def class_labels(where: str, x: Any, like_name: str, like: Tensor) -> Tensor:
     """(B,) int64, one for each row of `like`."""
     fits = isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+    if fits:
+        check_dense(where, "labels", x)
     if not fits or x.shape != like.shape[:1]:
         wrong = wrong_value if fits else wrong_type
         raise wrong(where, "labels", f"an integer tensor of shape ({like.shape[0]},)", x)  # else B would be fixed
-    check_dense(where, "labels", x)
     check_device(where, "labels", x, like_name, like)
     labels: Tensor = x.to(torch.int64).contiguous()
     return labels
@@ -184,6 +230,7 @@ def lengths(
         raise wrong_type(where, name, expected, x)
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise wrong_type(where, name, expected, x)
+    check_dense(where, name, x)
     if x.shape != (batch,):
         raise wrong_value(where, name, expected, x)
     check_device(where, name, x, like_name, like)
@@ -197,7 +244,16 @@ def lengths(
 
 
 def weights(
-    where: str, name: str, x: Any, batch: int, size: int, batched: bool, like_name: str, like: Tensor
+    where: str,
+    name: str,
+    x: Any,
+    batch: int,
+    size: int,
+    batched: bool,
+    like_name: str,
+    like: Tensor,
+    *,
+    takes_lengths: bool = True,
 ) -> Tensor:
     """(batch, size), or (size,) for all; a float tensor on the device of the cost."""
     expected = f"of shape ({batch}, {size}) or ({size},)" if batched else f"of shape ({size},)"
@@ -205,7 +261,7 @@ def weights(
         raise wrong_type(where, name, f"a tensor {expected}", x)
     if x.dtype not in COST_DTYPES:
         raise wrong_type(where, name, "float64, float32, bfloat16 or float16", x)
-    check_dense(where, name, x)
+    check_dense(where, name, x, pad=True, takes_lengths=takes_lengths)
     if x.shape not in ((size,), (batch, size)) or (x.dim() == 2 and not batched):
         raise wrong_value(where, name, expected, x)
     check_device(where, name, x, like_name, like)

@@ -5,14 +5,13 @@ Everything here is batched and checked: see `functional.py` for the arguments th
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from . import _checks
+from . import _convergence
 
 _ops = torch.ops.otface
 
@@ -105,16 +104,20 @@ def check_differentiable(where: str, grad: str, incoming: OutputGradients) -> No
 
 
 def gradients(
-    problems: Problems, solution: Solution, grad: str, incoming: OutputGradients, wanted: tuple[bool, bool, bool]
+    problems: Problems,
+    solution: Solution,
+    settings: Settings,
+    incoming: OutputGradients,
+    wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of cost, a and b that are wanted, each in its input's dtype."""
     p = problems
     incoming = OutputGradients(*(None if x is None else x.contiguous() for x in incoming))
     if all(x is None for x in incoming):
         return None, None, None
-    if grad == "envelope":
+    if settings.grad == "envelope":
         out = _ops.sinkhorn_envelope_backward(*p, solution.potentials, incoming.value, *wanted)
-    elif grad == "unrolled":
+    elif settings.grad == "unrolled":
         out = _ops.sinkhorn_unrolled_backward(
             *p, solution.potentials, solution.n_iter, solution.history, solution.rebuilt, *incoming, *wanted
         )
@@ -122,14 +125,7 @@ def gradients(
         *out, solved = _ops.sinkhorn_implicit_backward(
             *p, solution.potentials, *incoming, IMPLICIT_TOLERANCE[real_dtype(p.cost)], *wanted
         )
-        if _checks.checks_data(solved) and not solved.all():
-            warnings.warn(
-                f"sinkhorn: the adjoint system of the implicit gradient was not solved for {int((~solved).sum())} of "
-                f"{solved.numel()} problems, whose gradients are NaN; more iterations, a larger eps or "
-                "grad='unrolled' may help",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        _convergence.warn_of_adjoint(settings.where, solved)
     grad_cost, grad_a, grad_b = (x if want else None for x, want in zip(out, wanted, strict=True))
     return None if grad_cost is None else grad_cost.to(p.cost.dtype), grad_a, grad_b
 
@@ -203,7 +199,7 @@ class Sinkhorn(torch.autograd.Function):
             grads = gradients(
                 Problems(*problems),
                 solution_for_backward(potentials, n_iter, history, rebuilt),
-                ctx.settings.grad,
+                ctx.settings,
                 incoming,
                 (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]),
             )

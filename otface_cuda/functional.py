@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, autograd
+from . import _checks, _convergence, autograd
+from ._documented import documented_fields
 from .costs import METRICS, pairwise_cost
 
 
+@documented_fields
 class SinkhornOutput(NamedTuple):
     """What the solvers return; without the leading B for an unbatched input."""
 
@@ -29,7 +31,8 @@ class SinkhornOutput(NamedTuple):
     n_iter: Tensor
     """(B,) iterations done, int64; 0 for a problem without a solution."""
     converged: Tensor
-    """(B,) error <= tol, bool."""
+    """(B,) bool: error <= tol. Where tol is 0, error <= 4 u sqrt(n + m), which is what rounding may leave of it;
+    u = 2^-23, or 2^-52 in float64."""
 
 
 def sinkhorn(
@@ -65,7 +68,9 @@ def sinkhorn(
         a: weights of the rows, (B, n) or (n,); ``None``: uniform. Any positive total mass, the same as that of ``b``.
         b: weights of the columns, (B, m) or (m,); ``None``: uniform.
         max_iter: iterations at most. One iteration updates f, then g.
-        tol: a problem stops when its ``error`` is at most this, a float or (B,). 0 does exactly ``max_iter``.
+        tol: a problem stops when its ``error`` is at most this, a float or (B,). 0 does exactly ``max_iter``. Where one
+            that is given is not reached, a :class:`otface_cuda.ConvergenceWarning` says so, once for each line that
+            calls (on CUDA only with ``OTFACE_CHECK=1``, and not in a compiled graph).
         check_every: iterations between two looks at the error.
         row_lengths: (B,) integers; problem k has only its first ``row_lengths[k]`` rows. Padding gets zero plan,
             potentials and gradients, and may hold anything.
@@ -80,7 +85,8 @@ def sinkhorn(
             - ``"implicit"``: the derivative at the fixed point, for the same outputs, whatever the number of
               iterations. Solves an adjoint system by conjugate gradients in float64 to a relative residual of 1e-7
               (1e-11 for float64 costs) in at most 100 + 10 min(n, m) steps; where that fails, the gradients are NaN
-              and a warning is given (on CUDA only with ``OTFACE_CHECK=1``). The gradients of a and b are centred.
+              and a warning is given (on CUDA only with ``OTFACE_CHECK=1``; not under vmap). The gradients of a and b
+              are centred.
         return_plan: also return the plan.
 
     Returns:
@@ -105,9 +111,9 @@ def sinkhorn(
     >>> torch.allclose(cost.grad, out.plan)
     True
     """
-    _checks.check_floating("sinkhorn", "cost", cost, "(B, n, m) or (n, m)", (2, 3))
+    _checks.check_floating("sinkhorn", "cost", cost, "(B, n, m) or (n, m)", (2, 3), takes_lengths=True)
     _checks.check_has_kernels("sinkhorn", "cost", cost)
-    return _check_and_solve(
+    out = _check_and_solve(
         "sinkhorn",
         "cost",
         cost,
@@ -124,6 +130,8 @@ def sinkhorn(
         grad=grad,
         return_plan=return_plan,
     )
+    _convergence.warn_of_tol("sinkhorn", tol, max_iter, out.error, out.converged)
+    return out
 
 
 def sinkhorn_points(
@@ -171,12 +179,12 @@ def sinkhorn_points(
     torch.Size([2, 2])
     """
     where = "sinkhorn_points"
-    check_points(where, x, y)
+    check_points(where, x, y, takes_lengths=True)
     _checks.check_choice(where, "metric", metric, METRICS)
     batched = x.dim() == 3
     x, y = _without_padding(x, row_lengths), _without_padding(y, col_lengths)
     cost = pairwise_cost(x if batched else x[None], y if batched else y[None], metric)
-    return _check_and_solve(
+    out = _check_and_solve(
         where,
         "x",
         x,
@@ -193,12 +201,15 @@ def sinkhorn_points(
         grad=grad,
         return_plan=return_plan,
     )
+    _convergence.warn_of_tol(where, tol, max_iter, out.error, out.converged)
+    return out
 
 
-def check_points(where: str, x: Any, y: Any) -> None:
+def check_points(where: str, x: Any, y: Any, *, takes_lengths: bool = False) -> None:
     """Two sets of points that go together: (B, n, d) and (B, m, d), or (n, d) and (m, d)."""
     for name, points, size in (("x", x, "n"), ("y", y, "m")):
-        _checks.check_floating(where, name, points, f"(B, {size}, d) or ({size}, d)", (2, 3))
+        shape = f"(B, {size}, d) or ({size}, d)"
+        _checks.check_floating(where, name, points, shape, (2, 3), takes_lengths=takes_lengths)
     _checks.check_device(where, "y", y, "x", x)
     _checks.check_has_kernels(where, "x", x)
     if x.dim() != y.dim() or x.shape[-1] != y.shape[-1] or (x.dim() == 3 and x.shape[0] != y.shape[0]):
@@ -239,8 +250,7 @@ def _check_and_solve(
     if n == 0 or m == 0:
         raise _checks.wrong_value(where, source_name, "at least 1 x 1", cost)
     _checks.check_choice(where, "grad", grad, _checks.GRADIENT_MODES)
-    if not isinstance(return_plan, bool):
-        raise _checks.wrong_type(where, "return_plan", "True or False", return_plan)
+    _checks.check_bool(where, "return_plan", return_plan)
     settings = autograd.Settings(
         where,
         _checks.check_int(where, "max_iter", max_iter, 1),
@@ -266,7 +276,7 @@ def _without_padding(points: Tensor, lengths: Any) -> Tensor:
     """
     if not isinstance(lengths, Tensor) or lengths.is_complex() or lengths.device != points.device:
         return points
-    if lengths.shape not in (points.shape[:-2], points.shape[:-2] or (1,)):
+    if lengths.is_nested or lengths.shape not in (points.shape[:-2], points.shape[:-2] or (1,)):
         return points
     places = torch.arange(points.shape[-2], device=points.device)
     valid = places < lengths.to(torch.int64).reshape(points.shape[:-2])[..., None]

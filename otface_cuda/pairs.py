@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, autograd
+from . import _checks, _convergence, autograd
 from ._operators import operator
 from .costs import METRICS
 from .functional import SinkhornOutput
@@ -81,11 +81,11 @@ def sinkhorn_pairs(
         raise _checks.wrong_value(where, "features", "at least one point each", features)
     if not isinstance(pairs, Tensor) or pairs.is_floating_point() or pairs.is_complex() or pairs.dtype == torch.bool:
         raise _checks.wrong_type(where, "pairs", "an integer tensor of shape (K, 2)", pairs)
+    _checks.check_dense(where, "pairs", pairs)
     if pairs.dim() != 2 or pairs.shape[1] != 2:
         raise _checks.wrong_value(where, "pairs", "an integer tensor of shape (K, 2)", pairs)
     _checks.check_device(where, "pairs", pairs, "features", features)
     _checks.check_has_kernels(where, "features", features)
-    _checks.check_dense(where, "pairs", pairs)
     count, points, pairs = pairs.shape[0], features.shape[0], pairs.to(torch.int64)
     if count > 0 and points == 0:
         raise ValueError(f"{where}: `pairs` must be empty where `features` are, got {count} of them")
@@ -100,14 +100,15 @@ def sinkhorn_pairs(
         chunk_bytes = DEFAULT_CHUNK_BYTES[features.device.type]
     chunk_bytes = _checks.check_int(where, "chunk_bytes", chunk_bytes, 1)
     eps = _checks.per_problem(where, "eps", eps, count, "features", features, positive=True)
-    tol = _checks.per_problem(where, "tol", tol, count, "features", features, positive=False)
+    tols = _checks.per_problem(where, "tol", tol, count, "features", features, positive=False)
     a, b = _weights(where, a, b, count, features)
-    arguments = (features, pairs, eps, a, b, tol, metric, max_iter, check_every, grad, chunk_bytes)
+    arguments = (features, pairs, eps, a, b, tols, metric, max_iter, check_every, grad, chunk_bytes)
     if autograd.needs_graph(features, a, b):
         outputs = _SinkhornPairs.apply(*arguments)
     else:
         outputs = torch.ops.otface.sinkhorn_pairs_forward(*arguments)[:7]
     value, transport_cost, f, g, error, n_iter, converged = outputs
+    _convergence.warn_of_tol(where, tol, max_iter, error, converged)
     return SinkhornOutput(value, transport_cost, f, g, None, error, n_iter, converged)
 
 
@@ -119,7 +120,7 @@ def _weights(
     given: dict[str, tuple[Tensor, Tensor | None]] = {}
     for name, x in (("a", a), ("b", b)):
         if x is not None:
-            _checks.weights(where, name, x, count, points, True, "features", features)
+            _checks.weights(where, name, x, count, points, True, "features", features, takes_lengths=False)
             given[name] = (x if x.dim() == 2 else x[None]), None
     _checks.check_weights_data(where, given)
     if not given:
@@ -302,7 +303,7 @@ def differentiate_pairs(
         else:
             solution = autograd.solution_for_backward(potentials[places], n_iter[places])
         parts = autograd.OutputGradients(*(None if x is None else x[chunk.rows] for x in incoming))
-        grads = autograd.gradients(chunk.problems, solution, s.grad, parts, wanted)
+        grads = autograd.gradients(chunk.problems, solution, s.for_solver(), parts, wanted)
         if grads[0] is not None:
             valid = distinct.valid[chunk.rows]
             if not (on_cpu and valid.all()):

@@ -117,7 +117,7 @@ def test_gradients(mode: str, dtype: torch.dtype) -> None:
     settings = autograd.Settings("sinkhorn", 7, 1, mode, True)
     solution = autograd.solve(problems, tol, None, settings, want_history=mode == "unrolled")
     out = otface_cuda.SinkhornOutput(*solution[:8])
-    gradients = autograd.gradients(problems, solution, mode, incoming_of(out, mode), (True, True, True))
+    gradients = autograd.gradients(problems, solution, settings, incoming_of(out, mode), (True, True, True))
     check_gradients(gradients, inputs)
 
 
