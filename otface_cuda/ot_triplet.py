@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, autograd
+from ._documented import documented_fields
 from ._operators import operator
 from .costs import METRICS
 from .pairs import (
@@ -23,12 +24,16 @@ from .pairs import (
 KEPT_BYTES = 64 << 20  # of costs, from the forward to the backward; more are computed again
 
 
+@documented_fields
 class OTTripletLossOutput(NamedTuple):
     """What :func:`ot_triplet_loss` returns; the counts are int64 tensors without dimension."""
 
     loss: Tensor
-    n_hard: Tensor  # triplets given, without padding
-    n_active: Tensor  # of these, the ones with a loss
+    """() the mean over the active triplets, 0 where there is none."""
+    n_hard: Tensor
+    """() triplets given, without padding."""
+    n_active: Tensor
+    """() of these, the ones with a loss."""
 
 
 def ot_triplet_loss(
@@ -107,9 +112,9 @@ def _check_triplets(where: str, triplets: Any, feature_map: Tensor) -> None:
         raise _checks.wrong_type(where, "triplets", expected, triplets)
     if triplets.dtype == torch.bool:
         raise _checks.wrong_type(where, "triplets", expected, triplets)
+    _checks.check_dense(where, "triplets", triplets)
     if triplets.dim() != 2 or triplets.shape[1] != 3:
         raise _checks.wrong_value(where, "triplets", expected, triplets)
-    _checks.check_dense(where, "triplets", triplets)
     _checks.check_device(where, "triplets", triplets, "feature_map", feature_map)
     if not _checks.checks_data(triplets):
         return

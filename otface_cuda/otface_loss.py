@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _checks
+from ._documented import documented_fields
 from .margin_modules import MarginHead
 from .margin_softmax import margin_softmax_loss
 from .margins import ArcFace, Margin
 from .mining import mine_hard_triplets
 from .ot_triplet import ot_triplet_loss
 
+if TYPE_CHECKING:
+    from ._typing import called_as
+
 _ARCFACE = ArcFace(0.45)
 
 
+@documented_fields
 class OTFaceOutput(NamedTuple):
     """What :class:`OTFaceLoss` returns: scalars; only ``loss`` need be differentiated."""
 
-    loss: Tensor  # margin_loss + ot_weight * ot_loss
+    loss: Tensor
+    """margin_loss + ot_weight * ot_loss."""
     margin_loss: Tensor
+    """That of :func:`margin_softmax_loss`."""
     ot_loss: Tensor
-    n_hard: Tensor  # int64: hard triplets of the batch
-    n_active: Tensor  # int64: those whose transport distances are in the wrong order too
+    """That of :func:`ot_triplet_loss`, before ``ot_weight``."""
+    n_hard: Tensor
+    """int64: hard triplets of the batch."""
+    n_active: Tensor
+    """int64: those whose transport distances are in the wrong order too."""
 
 
 class OTFaceLoss(MarginHead):
@@ -97,6 +107,8 @@ class OTFaceLoss(MarginHead):
             raise _checks.wrong_type(
                 "OTFaceLoss", "feature_map", "a tensor of shape (N, C, H, W) or (N, P, D)", feature_map
             )
+        for name, x in (("embeddings", embeddings), ("feature_map", feature_map)):
+            _checks.check_dense("OTFaceLoss", name, x, pad=True)
         if feature_map.shape[:1] != embeddings.shape[:1]:
             expected = f"a tensor of {embeddings.shape[0]} feature maps to go with `embeddings`"
             raise _checks.wrong_value("OTFaceLoss", "feature_map", expected, feature_map)
@@ -109,3 +121,8 @@ class OTFaceLoss(MarginHead):
             feature_map, triplets, eps=s["eps"], n_iter=s["n_iter"], beta=s["beta"], metric=s["metric"]
         )
         return OTFaceOutput(margin_loss + s["ot_weight"] * ot_loss, margin_loss, ot_loss, n_hard, n_active)
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...

@@ -267,6 +267,21 @@ def test_zero_weights(reg_type: str, ot: Any) -> None:
     assert all(x.isfinite().all() for x in (ours.value, *gradients))
 
 
+@pytest.mark.parametrize("tol", [0.0, 1e-6])
+@pytest.mark.parametrize("grad", ["envelope", "autodiff", "last_step", "detach"])
+def test_an_empty_batch_has_empty_results(grad: str, tol: float) -> None:
+    M = torch.zeros(0, 3, 4, requires_grad=True)
+    res = pot.solve_batch(M, EPS, torch.zeros(0, 3), torch.full((4,), 0.25), tol=tol, grad=grad)
+    shapes = [(0,), (0,), (0, 3), (0, 4), (0, 3, 4)]
+    assert [x.shape for x in (res.value, res.value_linear, *res.potentials, res.plan)] == shapes
+    if grad != "detach":
+        res.value.sum().backward()
+        assert M.grad.shape == (0, 3, 4)
+    assert pot.solve_sample_batch(torch.zeros(0, 3, 2), torch.zeros(0, 4, 2), EPS, tol=tol, grad=grad).value.shape == (
+        0,
+    )
+
+
 def test_an_unsolvable_problem_does_not_delay_the_others() -> None:
     cost, a, b = problem((3, 5, 6), torch.float64, False)
     expected = pot.solve_batch(cost[1:], EPS, a[1:], b[1:], tol=1e-4)

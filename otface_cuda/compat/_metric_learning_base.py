@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from .. import _checks, margins
 from ..margin_softmax import cosine_margin_logits
+
+if TYPE_CHECKING:
+    from .._typing import called_as
 
 IGNORED = -100
 
@@ -113,6 +116,11 @@ class AngularLoss(nn.Module, ABC):
             of_embeddings = self.embedding_regularizer(embeddings) * self.embedding_reg_weight
             loss_dict["embedding_reg_loss"] = _reduced(of_embeddings)
         return self._reduce(loss_dict, embeddings, labels)
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """Logits (B, C) without a margin, for inference."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._documented import documented_fields
 from ..autograd import needs_graph, real_dtype
 from ..costs import pairwise_cost
 from ..functional import _check_and_solve, _without_padding
@@ -20,6 +21,7 @@ GRADS = ("detach", "autodiff", "last_step", "envelope")
 METRICS = ("sqeuclidean", "euclidean", "minkowski", "kl")
 
 
+@documented_fields
 class OTResult(NamedTuple):
     """What :func:`solve_batch` returns."""
 
@@ -133,7 +135,7 @@ def solve_batch(
     """
     where = "solve_batch"
     check_tensor(where, "M", M)
-    _checks.check_floating(where, "M", M, "(B, ns, nt)", (3,))
+    _checks.check_floating(where, "M", M, "(B, ns, nt)", (3,), takes_lengths=True)
     _checks.check_has_kernels(where, "M", M)
     for name, weights in (("a", a), ("b", b)):
         if weights is not None:
@@ -238,7 +240,7 @@ def solve_sample_batch(
     tensor([[[2.2699e-05, 4.9998e-01],
              [4.9998e-01, 2.2699e-05]]])
     """
-    _check_points("solve_sample_batch", {"X_a": X_a, "X_b": X_b}, metric)
+    _check_points("solve_sample_batch", {"X_a": X_a, "X_b": X_b}, metric, takes_lengths=True)
     M = dist_batch(_without_padding(X_a, row_lengths), _without_padding(X_b, col_lengths), metric=metric, p=p)
     return solve_batch(
         M,
@@ -339,11 +341,11 @@ def _check_nx(where: str, nx: Any) -> None:
         raise _checks.wrong_type(where, "nx", "None, because the backend is torch", nx)
 
 
-def _check_points(where: str, points: dict[str, Any], metric: Any) -> str:
+def _check_points(where: str, points: dict[str, Any], metric: Any, *, takes_lengths: bool = False) -> str:
     """The metric in small letters."""
     for name, x in points.items():
         check_tensor(where, name, x)
-        _checks.check_floating(where, name, x, "(B, n, d)", (3,))
+        _checks.check_floating(where, name, x, "(B, n, d)", (3,), takes_lengths=takes_lengths)
     (name_x, x), (name_y, y) = points.items()
     if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
         raise _checks.wrong_value(where, name_y, f"of shape ({x.shape[0]}, n, {x.shape[2]}) to go with `{name_x}`", y)
@@ -383,7 +385,7 @@ def _full_weights(
 def _largest_norm(differences: Tensor) -> Tensor:
     """A problem without a solution, whose difference is NaN, has no say."""
     norms: Tensor = torch.linalg.vector_norm(differences, dim=1)
-    return norms.nan_to_num(nan=0.0).max()
+    return norms.nan_to_num(nan=0.0).max() if len(norms) > 0 else norms.new_zeros(())
 
 
 def _linear(M: Tensor, T: Tensor) -> Tensor:

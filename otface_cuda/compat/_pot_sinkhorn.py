@@ -249,6 +249,8 @@ class _Report:
 def _weights(where: str, name: str, x: Any, M: Tensor, size: int, ranks: tuple[int, ...]) -> Tensor:
     """In the dtype of the arithmetic, (size,) or (size, k); uniform for an empty one."""
     real = real_dtype(M)
+    if isinstance(x, Tensor):
+        _checks.check_dense(where, name, x)
     if isinstance(x, (Tensor, list)) and len(x) == 0:
         return torch.full((size,), 1.0 / size, dtype=real, device=M.device)
     check_tensor(where, name, x)

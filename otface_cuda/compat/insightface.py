@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -21,6 +21,9 @@ from torch.nn import functional as F  # noqa: N812
 from .. import _checks, margins
 from ..margin_reference import margin_reference
 from ..margin_softmax import cosine_margin_logits, margin_softmax_loss
+
+if TYPE_CHECKING:
+    from .._typing import called_as
 
 __all__ = ["ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC_V2"]
 
@@ -58,6 +61,11 @@ class _MarginLoss(nn.Module, ABC):
             on_top = margin_reference(cos, self.target_margin()) - cos
             on_top = on_top.where(labels == target, 0).masked_fill((labels < -1) | (labels >= classes), torch.nan)
         return self.s * logits.scatter_add(1, target, on_top.to(logits.dtype))
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class CombinedMarginLoss(_MarginLoss):
@@ -225,6 +233,11 @@ class PartialFC_V2(nn.Module):  # noqa: N801
             cosines = cosine_margin_logits(x, weight, labels, margin=margins.CosFace(0.0), scale=1.0)
         return F.cross_entropy(margin_loss(cosines.clamp(-1, 1), labels[:, None]), labels)
 
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
 
 def _arcface(m: float) -> margins.Margin:
     return margins.ArcFace(m, beyond_pi="none", grad="straight_through")
@@ -241,6 +254,6 @@ def _is_fused(margin_loss: Any) -> bool:
 
 def _flat_labels(where: str, labels: Any, like_name: str, like: Tensor) -> Tensor:
     """(B,) int64, of (B,) or (B, 1)."""
-    if isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[1] == 1:
+    if isinstance(labels, Tensor) and not labels.is_nested and labels.dim() == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     return _checks.class_labels(where, labels, like_name, like)

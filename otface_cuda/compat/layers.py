@@ -9,6 +9,7 @@ columns of the plan sum to 1 / m.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from .. import _checks, autograd
 from ..costs import pairwise_cost
 from ..functional import check_points, sinkhorn
+
+if TYPE_CHECKING:
+    from .._typing import called_as
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -53,6 +57,11 @@ class SinkhornDistanceCost(nn.Module):
         if C.shape[-2] == 0 or C.shape[-1] == 0:
             raise _checks.wrong_value(where, "C", "at least 1 x 1", C)
         return self._solve(C)
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def _solve(self, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         count = self.max_iter
@@ -101,6 +110,11 @@ class SinkhornDistance(SinkhornDistanceCost):
         if x.dim() == 2:
             return self._solve(pairwise_cost(x[None], y[None], "sqeuclidean")[0])
         return self._solve(pairwise_cost(x, y, "sqeuclidean"))
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...  # type: ignore[override]
 
 
 def iterations_until(cost: Tensor, eps: float, max_iter: int, thresh: float) -> int:

@@ -12,6 +12,8 @@ input.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,9 @@ from .. import _checks, margins
 from ..margin_softmax import cosine_margin_logits
 from ..mining import mine_hard_triplets
 from ..ot_triplet import ot_triplet_loss
+
+if TYPE_CHECKING:
+    from .._typing import called_as
 
 
 class _Head(nn.Module):
@@ -50,6 +55,8 @@ class _Head(nn.Module):
         self, embeddings: Tensor, conv_features: Tensor, label: Tensor, epoch: int, alpha: float
     ) -> tuple[Tensor, int, int]:
         """The loss (1,), and how many triplets are hard and active."""
+        if isinstance(conv_features, Tensor):
+            _checks.check_dense(type(self).__name__, "conv_features", conv_features, pad=True)
         if not isinstance(conv_features, Tensor) or conv_features.shape[:1] != embeddings.shape[:1]:
             wrong = _checks.wrong_value if isinstance(conv_features, Tensor) else _checks.wrong_type
             expected = f"a tensor of shape ({embeddings.shape[0]}, C, H, W) to go with `embeddings`"
@@ -88,6 +95,11 @@ class ArcFace(_Head):
     def forward(self, embeddings: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         return self._logits(embeddings, label, margins.ArcFace(self.m, easy_margin=self.easy_margin))
 
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
 
 class AMsoftmax(_Head):
     """Logits with an additive cosine margin, cos(theta) - m: ``forward(embeddings, label)`` -> (logits, cos * s).
@@ -106,6 +118,11 @@ class AMsoftmax(_Head):
 
     def forward(self, embeddings: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         return self._logits(embeddings, label, margins.CosFace(self.m))
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class OTFace_Arcface(ArcFace):  # noqa: N801
@@ -154,6 +171,11 @@ class OTFace_Arcface(ArcFace):  # noqa: N801
         loss, n_hard, n_active = self._transport(embeddings, conv_features, label, epoch, self.alpha)
         return logits, loss, plain, n_hard, n_active
 
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...  # type: ignore[override]
+
 
 class OTFace_AMsoftmax(AMsoftmax):  # noqa: N801
     """:class:`AMsoftmax` and the transport between the feature maps of hard triplets.
@@ -188,3 +210,8 @@ class OTFace_AMsoftmax(AMsoftmax):  # noqa: N801
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits, plain = super().forward(embeddings, label)
         return logits, self._transport(embeddings, conv_features, label, epoch, self.alpha)[0], plain
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...  # type: ignore[override]
