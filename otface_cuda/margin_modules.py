@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from . import _checks
 from .margin_softmax import cosine_margin_logits, margin_softmax_loss
 from .margins import ArcFace, Margin
+
+if TYPE_CHECKING:
+    from ._typing import called_as
 
 _ARCFACE = ArcFace(0.5)
 
@@ -77,6 +80,11 @@ easy_margin=False, grad='exact'), scale=64.0, ignore_index=-100)
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         return cosine_margin_logits(x, self.weight, labels, **self.settings)
 
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
 
 class MarginSoftmaxLoss(MarginHead):
     """:func:`otface_cuda.margin_softmax_loss` with class weights (C, d), compatible with those of
@@ -127,3 +135,8 @@ class MarginSoftmaxLoss(MarginHead):
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         return margin_softmax_loss(x, self.weight, labels, class_weight=self.class_weight, **self.settings)
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
