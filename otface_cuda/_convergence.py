@@ -27,7 +27,7 @@ def warn_of_tol(where: str, tol: float | Tensor, max_iter: int, error: Tensor, c
     """Of the problems that have a `tol` above 0, and an error above that."""
     if not (isinstance(tol, Tensor) or tol > 0) or not _checks.checks_data(converged):
         return
-    if converged.all():
+    if converged.item() if converged.numel() == 1 else converged.all():  # for one, `all` would take ten times as long
         return
     # A problem without a solution has NaN everywhere, and says so by that.
     missed = ~(converged | error.isnan()) & torch.as_tensor(tol > 0, device=error.device)

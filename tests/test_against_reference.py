@@ -280,13 +280,13 @@ class TestConvergedWithoutTol:
         assert seen == {False, True}
 
     def test_sizes_are_those_of_the_problem(self, device: str) -> None:
-        """Padding does not raise the level; here the errors come to lie between that of 5 x 4 and that of 400 x 300."""
-        problem = random_problem(20, 400, 300, seed=14, device=device)
+        """Padding does not raise the level; here the errors come to lie between that of 5 x 4 and that of 60 x 50."""
+        problem = random_problem(20, 60, 50, seed=14, device=device)
         lengths = {"row_lengths": torch.full((20,), 5), "col_lengths": torch.full((20,), 4)}
         lengths = {name: x.to(device) for name, x in lengths.items()}
-        own, padded = rounding_level(torch.float64, 5, 4), rounding_level(torch.float64, 400, 300)
+        own, padded = rounding_level(torch.float64, 5, 4), rounding_level(torch.float64, 60, 50)
         between = 0
-        for max_iter in range(20, 80, 2):
+        for max_iter in range(20, 80):
             out = otface_cuda.sinkhorn(problem.cost, 0.2, max_iter=max_iter, **lengths)
             assert torch.equal(out.converged, out.error <= own)
             between += int(((own < out.error) & (out.error <= padded)).sum())
@@ -294,9 +294,8 @@ class TestConvergedWithoutTol:
 
     def test_with_and_without_tol_in_one_batch(self, device: str) -> None:
         problem = random_problem(3, 6, 6, seed=15, device=device)
-        tol = torch.tensor([0.0, 1e-17, 0.5], dtype=torch.float64, device=device)
-        assert problem.solve(1.0, tol=tol, max_iter=30).converged.tolist() == [True, False, True]
         tol = torch.tensor([0.0, 1e-9, 0.5], dtype=torch.float64, device=device)
+        assert problem.solve(1.0, tol=tol, max_iter=30).converged.all()
         assert problem.solve(0.1, tol=tol, max_iter=1).converged.tolist() == [False, False, True]
 
     def test_without_a_solution(self, device: str) -> None:
