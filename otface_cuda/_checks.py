@@ -115,70 +115,51 @@ def check_choice(where: str, name: str, x: Any, choices: Sequence[str]) -> None:
 
 def per_problem(where: str, name: str, x: Any, batch: int, like_name: str, like: Tensor, *, positive: bool) -> Tensor:
     """A float, or a tensor with one number per problem, as (batch,) float64. Gradients do not pass through it."""
-    if not isinstance(x, Tensor):
-        number = _check_number(where, name, x, batch, positive)
-        return torch.full((), number, dtype=torch.float64, device=like.device).expand(batch)
-    _check_numbers_type(where, name, x, batch, positive)
-    if x.shape not in ((), (batch,)):
-        raise wrong_value(where, name, _number_or_numbers(batch, positive), x)
-    if x.dim() > 0 or x.device.type != "cpu":  # one number may come from the CPU
-        check_device(where, name, x, like_name, like)
-    values = x.to(torch.float64).expand(batch)
-    _check_numbers(where, name, values, positive)
-    if values.device == like.device:
-        return values
-    # By arithmetic, which hands the number to the GPU with the launch: a copy from the CPU would wait for it.
-    return (torch.zeros((), dtype=torch.float64, device=like.device) + x).expand(batch)
+    expected = "a positive float" if positive else "a float of at least 0"
+    if isinstance(x, Tensor):
+        if x.is_complex() or x.dtype == torch.bool:
+            raise wrong_type(where, name, f"{expected} or a tensor of shape ({batch},)", x)
+        check_dense(where, name, x)
+        if x.requires_grad:
+            raise ValueError(
+                f"{where}: `{name}` must not require grad, its gradient is not computed; pass `{name}.detach()`"
+            )
+        if x.shape not in ((), (batch,)):
+            raise wrong_value(where, name, f"{expected} or a tensor of shape ({batch},)", x)
+        if x.dim() > 0 or x.device.type != "cpu":  # one number may come from the CPU
+            check_device(where, name, x, like_name, like)
+        values = x.to(torch.float64).expand(batch)
+        if checks_data(values):
+            wrong = ~(values > 0) if positive else ~(values >= 0)
+            wrong |= ~values.isfinite()
+            if wrong.any():
+                k = int(wrong.nonzero()[0])
+                raise ValueError(
+                    f"{where}: `{name}` must be positive and finite, got {values[k].item()} for problem {k}"
+                    if positive
+                    else f"{where}: `{name}` must be at least 0 and finite, got {values[k].item()} for problem {k}"
+                )
+        if values.device == like.device:
+            return values
+        # By arithmetic, which hands the number to the GPU with the launch: a copy from the CPU would wait for it.
+        return (torch.zeros((), dtype=torch.float64, device=like.device) + x).expand(batch)
+    if isinstance(x, bool) or not isinstance(x, (Real, torch.SymFloat, torch.SymInt)):
+        raise wrong_type(where, name, f"{expected} or a tensor of shape ({batch},)", x)
+    number = float(x)
+    if not ((number > 0 if positive else number >= 0) and number < math.inf):
+        raise wrong_value(where, name, "positive and finite" if positive else "at least 0 and finite", x)
+    return torch.full((), number, dtype=torch.float64, device=like.device).expand(batch)
 
 
 def check_setting_per_problem(where: str, name: str, x: Any, *, positive: bool) -> None:
     """What `per_problem` takes, as far as it can be told before there are problems."""
-    if not isinstance(x, Tensor):
-        _check_number(where, name, x, "B", positive)
-        return
-    _check_numbers_type(where, name, x, "B", positive)
-    if x.dim() > 1:
-        raise wrong_value(where, name, _number_or_numbers("B", positive), x)
-    _check_numbers(where, name, x.reshape(-1), positive)
-
-
-def _number_or_numbers(batch: int | str, positive: bool) -> str:
-    """For messages alone: under torch.compile it would fix the size of the batch."""
-    return f"{'a positive float' if positive else 'a float of at least 0'} or a tensor of shape ({batch},)"
-
-
-def _check_number(where: str, name: str, x: Any, batch: int | str, positive: bool) -> float:
-    if isinstance(x, bool) or not isinstance(x, (Real, torch.SymFloat, torch.SymInt)):
-        raise wrong_type(where, name, _number_or_numbers(batch, positive), x)
-    number = float(x)
-    if not ((number > 0 if positive else number >= 0) and number < math.inf):
-        raise wrong_value(where, name, "positive and finite" if positive else "at least 0 and finite", x)
-    return number
-
-
-def _check_numbers_type(where: str, name: str, x: Tensor, batch: int | str, positive: bool) -> None:
-    if x.is_complex() or x.dtype == torch.bool:
-        raise wrong_type(where, name, _number_or_numbers(batch, positive), x)
-    check_dense(where, name, x)
-    if x.requires_grad:
-        raise ValueError(
-            f"{where}: `{name}` must not require grad, its gradient is not computed; pass `{name}.detach()`"
-        )
-
-
-def _check_numbers(where: str, name: str, values: Tensor, positive: bool) -> None:
-    """Of (B,) values, if they may be looked at."""
-    if not checks_data(values):
-        return
-    wrong = ~(values > 0) if positive else ~(values >= 0)
-    wrong |= ~values.isfinite()
-    if wrong.any():
-        k = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"{where}: `{name}` must be positive and finite, got {values[k].item()} for problem {k}"
-            if positive
-            else f"{where}: `{name}` must be at least 0 and finite, got {values[k].item()} for problem {k}"
-        )
+    if isinstance(x, Tensor):
+        batch = x.shape[0] if not x.is_nested and x.dim() > 0 else 1
+        per_problem(where, name, x, batch, name, x, positive=positive)
+    elif isinstance(x, Real) and not isinstance(x, bool):
+        per_problem(where, name, x, 1, name, torch.empty(0), positive=positive)
+    else:
+        raise wrong_type(where, name, "a float, or a tensor with one for each problem", x)
 
 
 def checks_data(x: Tensor) -> bool:

@@ -135,14 +135,14 @@ def test_every_setting_is_passed_on(twin: Twin, name: str, device: str, monkeypa
 
 WRONG = [
     ("eps", -1, ValueError, "must be positive and finite, got -1"),
-    ("eps", "0.1", TypeError, "must be a positive float or a tensor of shape (B,), got '0.1'"),
+    ("eps", "0.1", TypeError, "must be a float, or a tensor with one for each problem, got '0.1'"),
     ("eps", torch.tensor([0.1, 0.0]), ValueError, "must be positive and finite, got 0.0 for problem 1"),
-    ("eps", torch.ones(2, 1), ValueError, "a tensor of shape (B,), got a float32 tensor of shape (2, 1)"),
+    ("eps", torch.ones(2, 1), ValueError, "a tensor of shape (2,), got a float32 tensor of shape (2, 1)"),
     ("eps", torch.ones(2, requires_grad=True), ValueError, "must not require grad"),
     ("eps", nn.Parameter(torch.ones(2)), ValueError, "must not require grad"),
     ("tol", -1, ValueError, "must be at least 0 and finite, got -1"),
     ("tol", torch.tensor(-0.5), ValueError, "must be at least 0 and finite, got -0.5 for problem 0"),
-    ("tol", torch.tensor([True]), TypeError, "a tensor of shape (B,), got a bool tensor of shape (1,)"),
+    ("tol", torch.tensor([True]), TypeError, "a tensor of shape (1,), got a bool tensor of shape (1,)"),
     ("max_iter", 0, ValueError, "must be at least 1, got 0"),
     ("max_iter", 10.0, TypeError, "must be an int, got 10.0"),
     ("check_every", 0, ValueError, "must be at least 1, got 0"),
