@@ -84,7 +84,7 @@ def solve(names: list[str], pictures: Tensor, points: Tensor, pairs: list[tuple[
         raise FacesError("no pair of images can be read; name two with --images")
     index = torch.tensor([[names.index(name) for name in pair] for pair in pairs])
     x, y = points[index].unbind(1)  # (pairs, cells, d)
-    out = otface_cuda.sinkhorn_points(x, y, eps=eps, max_iter=1000, tol=1e-4, return_plan=True)
+    out = otface_cuda.sinkhorn_points(x, y, eps=eps, max_iter=10_000, tol=1e-4, return_plan=True)
     assert out.plan is not None
     shown = int(out.transport_cost.argsort()[len(pairs) // 4])
     return Transport(pairs[shown], pictures[index[shown]], out.plan[shown], out.transport_cost[shown].item())
