@@ -36,9 +36,9 @@ package, library = (Path(sys.modules[name].__file__).parent for name in ("otface
 assert package == Path("otface_cuda").resolve(), package
 assert library.is_relative_to(sys.prefix), library
 blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+blocks = [block for block in blocks if "# pip install " not in block]  # which is how a block says what else it needs
 for block in blocks:
-    if "# pip install " not in block:  # a block says in this way what else it needs
-        exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, "README.md", "exec"), {})
 print(f"readme_check: {len(blocks)} blocks of Python; the library of {library}")
 END
 cd / && python -m otface_cuda > /dev/null
