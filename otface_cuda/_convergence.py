@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _checks
 
@@ -26,6 +27,8 @@ class ConvergenceWarning(RuntimeWarning):
 def warn_of_tol(where: str, tol: float | Tensor, max_iter: int, error: Tensor, converged: Tensor) -> None:
     """Of the problems that have a `tol` above 0, and an error above that."""
     if not (isinstance(tol, Tensor) or tol > 0) or not _checks.checks_data(converged):
+        return
+    if isinstance(converged, FakeTensor):  # where shapes alone are traced
         return
     if converged.item() if converged.numel() == 1 else converged.all():  # for one, `all` would take ten times as long
         return

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import otface_cuda
 from otface_cuda import ConvergenceWarning, SinkhornOutput
@@ -196,6 +197,14 @@ def test_not_in_a_compiled_graph(device: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
         assert not compiled(cost, EPS, **TOO_FEW).converged.any()
+
+
+@pytest.mark.parametrize("function", ["sinkhorn", "sinkhorn_points"])
+def test_not_of_fake_tensors(function: str) -> None:
+    """Where shapes alone are traced, nobody can tell; the indices of pairs are looked at in any case."""
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert CALLS[function]("cpu")(**TOO_FEW).error.shape == (4,)
 
 
 class TestReplacements:
