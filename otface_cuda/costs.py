@@ -1,4 +1,5 @@
-"""Cost matrices between two sets of points, and their derivative. The matrix products are torch's own.
+"""Cost matrices between two sets of points, and their derivative. The matrix products are torch's own; what they cannot
+tell of points that are near to one another comes from kernels of ours.
 
 A cost is computed in float32 at least, also under autocast: at small eps an error of the cost is multiplied by 1 / eps.
 """
@@ -13,7 +14,12 @@ from torch import Tensor
 
 from .autograd import once_differentiable
 
-METRICS = ("cosine", "sqeuclidean", "euclidean")
+METRICS = ("cosine", "sqeuclidean", "euclidean")  # in the order of `Metric` of csrc/pairs/near.h
+
+_ops = torch.ops.otface
+
+# |x|^2 and |y|^2 of points (B, n), (B, m) about a centre, by which one sees what is near; None for the cosine.
+Squares = tuple[Tensor, Tensor] | tuple[None, None]
 
 
 def prepare_points(points: Tensor, metric: str) -> Tensor:
@@ -71,19 +77,33 @@ class _UnitLength(torch.autograd.Function):
         return UnitVectors(*ctx.saved_tensors).backward(grad)
 
 
-def cost_of_prepared(x: Tensor, y: Tensor, metric: str) -> Tensor:
-    """(B, n, d), (B, m, d) -> (B, n, m): 1 - cos, |x - y|^2 or |x - y|; not differentiated by autograd."""
+def cost_and_squares(x: Tensor, y: Tensor, metric: str) -> tuple[Tensor, Squares]:
+    """(B, n, d), (B, m, d) -> (B, n, m): 1 - cos, |x - y|^2 or |x - y|; not differentiated by autograd.
+
+    From a matrix product, and for points that are near to one another from their differences: csrc/pairs/near.h.
+    """
     with torch.autocast(x.device.type, enabled=False):
+        squares: Squares = (None, None)
         if metric == "cosine":
-            return torch.baddbmm(x.new_ones(()), x, y.mT, alpha=-1)
-        x, y = _centred(x, y)
-        # |x - y|^2 = |x|^2 + |y|^2 - 2 <x, y>
-        squares = x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None, :]
-        cost = torch.baddbmm(squares, x, y.mT, alpha=-2).clamp_(min=0)
-        return cost if metric == "sqeuclidean" else cost.sqrt_()
+            cost = torch.baddbmm(x.new_ones(()), x, y.mT, alpha=-1)
+        else:
+            a, b = _centred(x, y)
+            squares = of_a, of_b = _squares(a, b)
+            # |a - b|^2 = |a|^2 + |b|^2 - 2 <a, b>
+            cost = torch.baddbmm(of_a[:, :, None] + of_b[:, None, :], a, b.mT, alpha=-2)
+            if metric == "euclidean":
+                cost.sqrt_()
+        _ops.near_costs(cost, x.contiguous(), y.contiguous(), *squares, METRICS.index(metric))
+        return cost, squares
 
 
-def cost_backward(grad: Tensor, cost: Tensor, x: Tensor, y: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+def cost_of_prepared(x: Tensor, y: Tensor, metric: str) -> Tensor:
+    return cost_and_squares(x, y, metric)[0]
+
+
+def cost_backward(
+    grad: Tensor, cost: Tensor, x: Tensor, y: Tensor, metric: str, squares: Squares | None = None
+) -> tuple[Tensor, Tensor]:
     """The gradients of x and y from that of the cost."""
     with torch.autocast(x.device.type, enabled=False):
         if metric == "cosine":
@@ -92,11 +112,15 @@ def cost_backward(grad: Tensor, cost: Tensor, x: Tensor, y: Tensor, metric: str)
                 torch.baddbmm(nothing, grad, y, beta=0, alpha=-1),
                 torch.baddbmm(nothing, grad.mT, x, beta=0, alpha=-1),
             )
-        if metric == "euclidean":  # d|x - y| = d|x - y|^2 / (2 |x - y|), and 0 where the points coincide
-            grad = torch.where(cost > 0, grad / (2 * torch.where(cost > 0, cost, 1.0)), 0.0)
-        x, y = _centred(x, y)
-        grad_x = 2 * (grad.sum(2, keepdim=True) * x - torch.matmul(grad, y))
-        grad_y = 2 * (grad.sum(1)[:, :, None] * y - torch.matmul(grad.mT, x))
+        a, b = _centred(x, y)
+        squares = _squares(a, b) if squares is None else squares
+        entries = (cost, grad.contiguous(), x.contiguous(), y.contiguous(), *squares, METRICS.index(metric))
+        weights = _ops.far_weights(*entries)
+        # What is not finite is far from nothing, and has weight 0; but 0 times inf would be NaN.
+        a, b = a.nan_to_num_(0.0, 0.0, 0.0), b.nan_to_num_(0.0, 0.0, 0.0)
+        far_x = 2 * (weights.sum(2, keepdim=True) * a - torch.bmm(weights, b))
+        far_y = 2 * (weights.sum(1)[:, :, None] * b - torch.bmm(weights.mT, a))
+        grad_x, grad_y = _ops.near_gradient(*entries, far_x.contiguous(), far_y.contiguous())
         return grad_x, grad_y
 
 
@@ -106,21 +130,25 @@ def _centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x - centre, y - centre
 
 
+def _squares(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return x.square().sum(2), y.square().sum(2)
+
+
 class PairwiseCost(torch.autograd.Function):
     """Prepared points to a cost matrix, with the matrix products of `cost_backward` as its derivative."""
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor, metric: str) -> Tensor:  # type: ignore[no-untyped-def]
-        cost = cost_of_prepared(x, y, metric)
+        cost, squares = cost_and_squares(x, y, metric)
         ctx.metric = metric
-        ctx.save_for_backward(x, y, cost)
+        ctx.save_for_backward(x, y, cost, *squares)
         return for_compile(cost)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        x, y, cost = ctx.saved_tensors
+        x, y, cost, *squares = ctx.saved_tensors
         with torch.no_grad():
-            grads = cost_backward(grad, cost, x, y, ctx.metric)
+            grads = cost_backward(grad, cost, x, y, ctx.metric, tuple(squares))
         return *once_differentiable("sinkhorn_points", grads, (x, y, grad)), None
 
 
@@ -128,3 +156,18 @@ def pairwise_cost(x: Tensor, y: Tensor, metric: str) -> Tensor:
     """Points (B, n, d) and (B, m, d) to their cost matrices (B, n, m), differentiable once."""
     cost: Tensor = PairwiseCost.apply(prepare_points(x, metric), prepare_points(y, metric), metric)
     return cost
+
+
+@torch.library.register_fake("otface::near_costs")
+def _(*args):  # type: ignore[no-untyped-def]
+    """It writes into what it is given."""
+
+
+@torch.library.register_fake("otface::far_weights")
+def _(cost, *args):  # type: ignore[no-untyped-def]
+    return torch.empty_like(cost)
+
+
+@torch.library.register_fake("otface::near_gradient")
+def _(cost, grad, x, y, *args):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x), torch.empty_like(y)

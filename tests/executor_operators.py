@@ -12,9 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .simt import kernels
+from .simt import kernels, near
 
-NAMES = ["sinkhorn_forward", *(f"sinkhorn_{mode}_backward" for mode in ("envelope", "unrolled", "implicit"))]
+NAMES = [
+    "sinkhorn_forward",
+    *(f"sinkhorn_{mode}_backward" for mode in ("envelope", "unrolled", "implicit")),
+    *near.STEPS,
+]
 OUTPUTS = ["value", "transport_cost", "f", "g", "plan"]
 
 runs: collections.Counter[str] = collections.Counter()  # of each operator, by the tier that it ran in
@@ -69,6 +73,33 @@ def sinkhorn_implicit_backward(*args: Any) -> tuple[Tensor, ...]:
     options = {"implicit_tol": tol, "implicit_max_iter": 100 + 10 * min(cost.shape[1:])}
     incoming = [value, transport_cost, f, g, plan]
     return gradients("implicit", problems, potentials, incoming, (want_cost, want_a, want_b), **options)
+
+
+def near_costs(cost: Tensor, x: Tensor, y: Tensor, x_squares: Any, y_squares: Any, metric: int) -> None:
+    found = run_near("near_costs", metric, cost=cost, x=x, y=y, x_squares=x_squares, y_squares=y_squares)
+    cost.copy_(found["cost"])
+
+
+def far_weights(
+    cost: Tensor, grad: Tensor, x: Tensor, y: Tensor, x_squares: Tensor, y_squares: Tensor, metric: int
+) -> Tensor:
+    squares = {"x_squares": x_squares, "y_squares": y_squares}
+    return run_near("far_weights", metric, cost=cost, grad=grad, x=x, y=y, **squares)["weights"]
+
+
+def near_gradient(
+    cost: Tensor, grad: Tensor, x: Tensor, y: Tensor, x_squares: Tensor, y_squares: Tensor, metric: int,
+    far_x: Tensor, far_y: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    given = {"x_squares": x_squares, "y_squares": y_squares, "far_x": far_x, "far_y": far_y}
+    found = run_near("near_gradient", metric, cost=cost, grad=grad, x=x, y=y, **given)
+    return found["grad_x"], found["grad_y"]
+
+
+def run_near(step: str, metric: int, **tensors: Tensor | None) -> dict[str, Tensor]:
+    case = near.make(step, metric, {name: numpy_or_none(x) for name, x in tensors.items()})
+    runs[f"{step}, warps"] += 1
+    return {name: torch.from_numpy(array) for name, array in kernels.run(case).items()}
 
 
 def gradients(

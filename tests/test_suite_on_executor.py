@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from .problems import CPU_IS_EXECUTOR
+from .simt import near
 
 ROOT = Path(__file__).parents[1]
 LEFT_OUT = ["cuda", "threads", "isa", "large", "hundred", "760", "900", "1000", "4000"]
@@ -50,6 +51,11 @@ def test_results_and_gradients() -> None:
         "envelope, rows",
         "implicit, shared",
     }
+
+
+def test_near_points() -> None:
+    runs = run("near_points")
+    assert {f"{step}, warps" for step in near.STEPS} < runs.keys()
 
 
 @pytest.mark.simt_full

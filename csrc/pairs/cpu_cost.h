@@ -1,4 +1,4 @@
-// The costs of listed pairs: C_k = 1 - U_i U_j^T. Part of the translation unit of one instruction set: include through
+// The costs of listed pairs: C_k = 1 - U_i U_j^T; those of near points from their differences. Part of the translation unit of one instruction set: include through
 // cpu_kernels.h only.
 //
 // Elements of U_i come from `rows`, vectors over the points of j from `columns`. The points of j that fill no panel take
@@ -9,6 +9,7 @@
 
 #include "common/cpu_buffer.h"
 #include "common/cpu_run.h"
+#include "pairs/cpu_difference.h"
 #include "pairs/cpu_tile.h"
 
 namespace otface::pairs {
@@ -20,6 +21,7 @@ class PairCost {
   explicit PairCost(const CostParams& params)
       : points_(params.shape.points),
         depth_(depth_of(params.shape.size)),
+        share_(static_cast<T>(near_share(params.shape.size))),
         rows_(static_cast<const T*>(params.rows)),
         columns_(static_cast<const T*>(params.columns)),
         cost_(static_cast<T*>(params.cost)) {
@@ -31,10 +33,12 @@ class PairCost {
     const int64_t whole = points_ / panel * panel, rest = points_ - whole;
     T* out = cost_ + k * points_ * points_;
     multiply(rows_of(i) + begin * panel, end - begin, columns_of(j), whole, out + begin * points_, points_);
+    replace_near(i, j, begin, end, 0, whole, out);
     if (begin > 0 || rest == 0) return;
     multiply(rows_of(j) + whole * panel, rest, columns_of(i), width(), rest_, width());
     for (int64_t r = 0; r < points_; ++r)
       for (int64_t c = 0; c < rest; ++c) out[r * points_ + whole + c] = rest_[c * width() + r];
+    replace_near(i, j, 0, points_, whole, points_, out);
   }
 
  private:
@@ -71,7 +75,18 @@ class PairCost {
     }
   }
 
+  // Of the points [row, past_row) of i and [col, past_col) of j: see near.h.
+  void replace_near(int64_t i, int64_t j, int64_t row, int64_t past_row, int64_t col, int64_t past_col, T* out) const {
+    const auto one = [](auto zero, int64_t) { return zero + T(1); };
+    for (int64_t r = row; r < past_row; ++r)
+      for_near<Metric::cosine>(out + r * points_, col, past_col, share_, one, [&](int64_t c) {
+        const TwoPoints<T> points{rows_of(i) + r * panel, rows_of(j) + c * panel, depth_ * panel, points_ * panel};
+        out[r * points_ + c] = points.template cost<Metric::cosine>();
+      });
+  }
+
   int64_t points_, depth_;
+  T share_;
   const T *rows_, *columns_;
   T* cost_;
   Buffer<T> rest_;  // [panel, width]: the last points of j by all of i

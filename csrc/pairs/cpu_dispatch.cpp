@@ -20,4 +20,8 @@ void cost_cpu(const CostParams& p, const Executor& e) { kernels().cost(p, e); }
 void gradient_cpu(const GradientParams& p, const Executor& e) { kernels().gradient(p, e); }
 void unpack_cpu(const UnpackParams& p, const Executor& e) { kernels().unpack(p, e); }
 
+void near_costs_cpu(const NearCostsParams& p, const Executor& e) { kernels().near_costs(p, e); }
+void far_weights_cpu(const FarWeightsParams& p, const Executor& e) { kernels().far_weights(p, e); }
+void near_gradient_cpu(const NearGradientParams& p, const Executor& e) { kernels().near_gradient(p, e); }
+
 }  // namespace otface::pairs

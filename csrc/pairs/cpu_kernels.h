@@ -4,6 +4,7 @@
 
 #include "pairs/cpu_cost.h"
 #include "pairs/cpu_gradient.h"
+#include "pairs/cpu_near.h"
 #include "pairs/cpu_pack.h"
 #include "pairs/launch.h"
 
@@ -15,6 +16,9 @@ const CpuKernels OTFACE_CPU_TABLE = {
     [](const CostParams& p, const Executor& e) { OTFACE_FOR_REAL(cost); },
     [](const GradientParams& p, const Executor& e) { OTFACE_FOR_REAL(gradient); },
     [](const UnpackParams& p, const Executor& e) { OTFACE_FOR_REAL(unpack); },
+    [](const NearCostsParams& p, const Executor& e) { OTFACE_FOR_REAL(near_costs); },
+    [](const FarWeightsParams& p, const Executor& e) { OTFACE_FOR_REAL(far_weights); },
+    [](const NearGradientParams& p, const Executor& e) { OTFACE_FOR_REAL(near_gradient); },
 };
 #undef OTFACE_FOR_REAL
 

@@ -59,6 +59,16 @@ struct Cpu {
   static void pair_costs_backward(const pairs::GradientParams& params) { pairs::gradient_cpu(params, torch_threads()); }
   static void unpack_gradient(const pairs::UnpackParams& params) { pairs::unpack_cpu(params, torch_threads()); }
 
+  static void near_costs(const pairs::NearCostsParams& params, const Tensor&) {
+    pairs::near_costs_cpu(params, torch_threads());
+  }
+  static void far_weights(const pairs::FarWeightsParams& params, const Tensor&) {
+    pairs::far_weights_cpu(params, torch_threads());
+  }
+  static void near_gradient(const pairs::NearGradientParams& params, const Tensor&) {
+    pairs::near_gradient_cpu(params, torch_threads());
+  }
+
   // out = a b, or out + a b
   static void product(Tensor& out, const Tensor& a, const Tensor& b, bool add) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), add ? 1 : 0, 1));
@@ -72,4 +82,5 @@ STABLE_TORCH_LIBRARY_IMPL(otface, CPU, m) {
   OTFACE_REGISTER_SINKHORN(m, otface::binding::Cpu);
   OTFACE_REGISTER_MARGIN(m, otface::binding::Cpu);
   OTFACE_REGISTER_PAIRS(m, otface::binding::Cpu);
+  OTFACE_REGISTER_NEAR(m, otface::binding::Cpu);
 }

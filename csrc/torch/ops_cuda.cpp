@@ -7,8 +7,10 @@
 #include <sstream>
 
 #include "margin/launch_cuda.h"
+#include "pairs/launch_cuda.h"
 #include "sinkhorn/launch_cuda.h"
 #include "torch/margin_ops.h"
+#include "torch/pair_ops.h"
 #include "torch/sinkhorn_ops.h"
 
 namespace otface::binding {
@@ -73,6 +75,16 @@ struct Cuda {
   }
   static void project(const margin::ProjectParams& params, const Tensor& on) { run(margin::project_cuda, params, on); }
 
+  static void near_costs(const pairs::NearCostsParams& params, const Tensor& on) {
+    run(pairs::near_costs_cuda, params, on);
+  }
+  static void far_weights(const pairs::FarWeightsParams& params, const Tensor& on) {
+    run(pairs::far_weights_cuda, params, on);
+  }
+  static void near_gradient(const pairs::NearGradientParams& params, const Tensor& on) {
+    run(pairs::near_gradient_cuda, params, on);
+  }
+
   // out = a b, or out + a b. Half types are multiplied as they are and added up in float32.
   static void product(Tensor& out, const Tensor& a, const Tensor& b, bool add) {
     if (a.scalar_type() == out.scalar_type()) {
@@ -136,4 +148,5 @@ STABLE_TORCH_LIBRARY_IMPL(otface, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(otface, CUDA, m) {
   OTFACE_REGISTER_SINKHORN(m, otface::binding::Cuda);
   OTFACE_REGISTER_MARGIN(m, otface::binding::Cuda);
+  OTFACE_REGISTER_NEAR(m, otface::binding::Cuda);
 }

@@ -1,11 +1,13 @@
-// The operators on listed pairs of point sets: tensors in, kernels, tensors out. They are on the CPU only; elsewhere the
-// matrix products of copies are torch's (see otface_cuda/pair_costs.py).
+// The operators on the costs of points: tensors in, kernels, tensors out. Those on listed pairs of point sets are on the
+// CPU only; elsewhere the matrix products of copies are torch's (see otface_cuda/pair_costs.py), and what is wrong with
+// these for near points is mended on every device.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
+#include "pairs/near.h"
 #include "pairs/params.h"
 #include "torch/tensors.h"
 
@@ -81,7 +83,73 @@ void unpack_gradient(Tensor sums, Tensor rows, Tensor lengths, Tensor grad) {
                            data(grad), grad.stride(0), grad.stride(1), grad.stride(2)});
 }
 
+inline pairs::CostShape cost_shape(const Tensor& cost, const Tensor& x, int64_t metric, bool has_squares) {
+  STD_TORCH_CHECK(cost.dim() == 3 && x.dim() == 3, "cost must be (B, n, m), x (B, n, d)");
+  STD_TORCH_CHECK(metric >= 0 && metric <= 2 && (metric > 0) == has_squares,
+                  "metric must be 0 without squares, 1 or 2");
+  const pairs::CostShape shape{cost.scalar_type() == ScalarType::Double,
+                               static_cast<pairs::Metric>(metric),
+                               cost.size(0),
+                               cost.size(1),
+                               cost.size(2),
+                               x.size(2)};
+  check_contiguous(cost, "cost", cost, real_of(cost), {shape.batch, shape.rows, shape.cols});
+  return shape;
+}
+
+inline const void* squares_of(const OptionalTensor& squares, const char* name, const Tensor& cost, int64_t points) {
+  if (!squares) return nullptr;
+  check_contiguous(*squares, name, cost, cost.scalar_type(), {cost.size(0), points});
+  return squares->const_data_ptr();
+}
+
+inline pairs::PointSets point_sets(const pairs::CostShape& shape, const Tensor& cost, const Tensor& x, const Tensor& y,
+                                   const OptionalTensor& x_squares, const OptionalTensor& y_squares) {
+  check_contiguous(x, "x", cost, cost.scalar_type(), {shape.batch, shape.rows, shape.size});
+  check_contiguous(y, "y", cost, cost.scalar_type(), {shape.batch, shape.cols, shape.size});
+  STD_TORCH_CHECK(x_squares.has_value() == y_squares.has_value(), "x_squares and y_squares go together");
+  return {x.const_data_ptr(), y.const_data_ptr(), squares_of(x_squares, "x_squares", cost, shape.rows),
+          squares_of(y_squares, "y_squares", cost, shape.cols)};
+}
+
+template <class Device>
+void near_costs(Tensor cost, Tensor x, Tensor y, OptionalTensor x_squares, OptionalTensor y_squares, int64_t metric) {
+  const pairs::CostShape shape = cost_shape(cost, x, metric, x_squares.has_value());
+  Device::near_costs({shape, point_sets(shape, cost, x, y, x_squares, y_squares), data(cost)}, cost);
+}
+
+template <class Device>
+Tensor far_weights(Tensor cost, Tensor grad, Tensor x, Tensor y, Tensor x_squares, Tensor y_squares, int64_t metric) {
+  const pairs::CostShape shape = cost_shape(cost, x, metric, true);
+  check_contiguous(grad, "grad", cost, cost.scalar_type(), {shape.batch, shape.rows, shape.cols});
+  const Tensor weights = make(cost, true, cost.scalar_type(), {shape.batch, shape.rows, shape.cols});
+  Device::far_weights({shape, point_sets(shape, cost, x, y, x_squares, y_squares), cost.const_data_ptr(),
+                       grad.const_data_ptr(), data(weights)},
+                      cost);
+  return weights;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> near_gradient(Tensor cost, Tensor grad, Tensor x, Tensor y, Tensor x_squares,
+                                         Tensor y_squares, int64_t metric, Tensor far_x, Tensor far_y) {
+  const pairs::CostShape shape = cost_shape(cost, x, metric, true);
+  check_contiguous(grad, "grad", cost, cost.scalar_type(), {shape.batch, shape.rows, shape.cols});
+  check_contiguous(far_x, "far_x", cost, cost.scalar_type(), {shape.batch, shape.rows, shape.size});
+  check_contiguous(far_y, "far_y", cost, cost.scalar_type(), {shape.batch, shape.cols, shape.size});
+  const Tensor grad_x = make(cost, true, cost.scalar_type(), {shape.batch, shape.rows, shape.size});
+  const Tensor grad_y = make(cost, true, cost.scalar_type(), {shape.batch, shape.cols, shape.size});
+  Device::near_gradient(
+      {shape, point_sets(shape, cost, x, y, x_squares, y_squares), cost.const_data_ptr(), grad.const_data_ptr(),
+       far_x.const_data_ptr(), far_y.const_data_ptr(), data(grad_x), data(grad_y)},
+      cost);
+  return {grad_x, grad_y};
+}
+
 // Registers the operators in the library `m` (of one dispatch key).
+#define OTFACE_REGISTER_NEAR(m, Device)                                    \
+  m.impl("near_costs", TORCH_BOX(&otface::binding::near_costs<Device>));   \
+  m.impl("far_weights", TORCH_BOX(&otface::binding::far_weights<Device>)); \
+  m.impl("near_gradient", TORCH_BOX(&otface::binding::near_gradient<Device>))
 #define OTFACE_REGISTER_PAIRS(m, Device)                                                   \
   m.impl("pack_points", TORCH_BOX(&otface::binding::pack_points<Device>));                 \
   m.impl("pair_costs", TORCH_BOX(&otface::binding::pair_costs<Device>));                   \

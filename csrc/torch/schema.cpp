@@ -57,4 +57,17 @@ STABLE_TORCH_LIBRARY(otface, m) {
   m.def("pair_costs(Tensor rows, Tensor columns, Tensor first, Tensor second, Tensor(a!) cost) -> ()");
   m.def("pair_costs_backward(Tensor rows, Tensor grad_cost, Tensor first, Tensor second, Tensor(a!) sums) -> ()");
   m.def("unpack_gradient(Tensor sums, Tensor rows, Tensor lengths, Tensor(a!) grad) -> ()");
+
+  // Costs (B, n, m) of x (B, n, d) and y (B, m, d) as a product gave them, with the squares (B, n), (B, m) of the points
+  // about their centre; metric: 0 cosine, which has no squares, 1 sqeuclidean, 2 euclidean. See pairs/near.h.
+  // The costs of near points are replaced.
+  m.def("near_costs(Tensor(a!) cost, Tensor x, Tensor y, Tensor? x_squares, Tensor? y_squares, int metric) -> ()");
+  // -> weights (B, n, m)
+  m.def(
+      "far_weights(Tensor cost, Tensor grad, Tensor x, Tensor y, Tensor x_squares, Tensor y_squares, int metric) -> "
+      "Tensor");
+  // -> the gradients of x and y, from what the product with the weights gave for them
+  m.def(
+      "near_gradient(Tensor cost, Tensor grad, Tensor x, Tensor y, Tensor x_squares, Tensor y_squares, int metric, "
+      "Tensor far_x, Tensor far_y) -> (Tensor, Tensor)");
 }

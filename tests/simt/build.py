@@ -70,7 +70,7 @@ class Build:
     def _kernels(self) -> list[Path]:
         listed = json.loads((self.csrc / "sources.json").read_text())["kernels_cuda"]
         kernels = [self.csrc / name for name in listed if not name.startswith("common/")]
-        return [HERE / "case.cpp", HERE / "margin_case.cpp", *kernels]
+        return [HERE / "case.cpp", HERE / "margin_case.cpp", HERE / "near_case.cpp", *kernels]
 
     def _link(self, name: str, sources: list[Path], variant: str, flags: Sequence[str] = (), suffix: str = "") -> Path:
         with (self.out / f"lock.{name}.{variant}").open("w") as lock:

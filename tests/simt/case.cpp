@@ -164,7 +164,9 @@ Array::Array(char type_, std::vector<int64_t> shape_) : type(type_), shape(std::
 }
 
 Arrays run_case(const Arrays& arguments) {
-  return arguments.count("margin_step") != 0 ? run_margin_case(arguments) : Case(arguments).run();
+  if (arguments.count("margin_step") != 0) return run_margin_case(arguments);
+  if (arguments.count("near_step") != 0) return run_near_case(arguments);
+  return Case(arguments).run();
 }
 
 }  // namespace otface::test

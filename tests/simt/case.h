@@ -32,9 +32,10 @@ struct Array {
 
 using Arrays = std::map<std::string, Array>;
 
-// What is in `arguments`: see kernels.py and, where it holds a "margin_step", margin.py. Throws std::runtime_error with
-// the launcher's words.
+// What is in `arguments`: see kernels.py; where it holds a "margin_step", margin.py; a "near_step", near.py. Throws
+// std::runtime_error with the launcher's words.
 Arrays run_case(const Arrays& arguments);
 Arrays run_margin_case(const Arrays& arguments);  // margin_case.cpp
+Arrays run_near_case(const Arrays& arguments);    // near_case.cpp
 
 }  // namespace otface::test
