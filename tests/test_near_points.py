@@ -196,6 +196,18 @@ def test_gradient_of_coincident_points(dtype: torch.dtype, metric: str, device: 
             assert (g == 0).all()
 
 
+def test_cosine_gradient_of_coincident_points_of_pairs(device: str) -> None:
+    """As above; on the CPU by other kernels."""
+    x = torch.randn(4, 5, 30, generator=torch.Generator().manual_seed(3)).to(device)
+    sets = pair_costs.point_sets(x, "cosine")
+    alike = torch.arange(4, device=device)
+    pairs = sets.pairs(alike, alike)
+    pairs.add_gradient(torch.eye(5, device=device).repeat(4, 1, 1), pairs.cost())
+    u = torch.finfo(torch.float32).eps / 2
+    across = torch.linalg.vector_norm(sets.gradient(), dim=2) * torch.linalg.vector_norm(x, dim=2)
+    assert (across <= 2 * 8 * u).all()  # each point is on both sides
+
+
 @distances
 def test_gradient_beside_a_point_that_is_far_away(metric: str, device: str) -> None:
     """It moves the centre away from all others, whose gradient must not be lost in that."""

@@ -2,7 +2,7 @@
 //
 // N sets of p points in d dimensions, u = x / |x| (0 for x = 0). For pair k = (i, j) of the list:
 //
-//   C_k = 1 - U_i U_j^T                                                     [p, p]
+//   C_k = 1 - U_i U_j^T, where points are near by their differences: near.h  [p, p]
 //   S_i += G_k U_j,  S_j += G_k^T U_i    for an incoming gradient G_k;  then  dx = -(S - u <u, S>) / |x|
 //
 // The products read the sets where they lie, in two orders that an instruction set of any width can load from. "Real" is
