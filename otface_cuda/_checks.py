@@ -185,19 +185,18 @@ def class_labels(where: str, x: Any, like_name: str, like: Tensor) -> Tensor:
     return labels
 
 
-def check_classes(where: str, labels: Tensor, classes: int, ignore_index: int | None = None) -> None:
+def check_classes(where: str, labels: Tensor, classes: int, ignore_index: int | None = None) -> int | None:
+    """How many rows are not ignored; None where values are not looked at."""
     if not checks_data(labels):
-        return
-    wrong = (labels < 0) | (labels >= classes)
-    ignored = ""
-    if ignore_index is not None:
-        wrong &= labels != ignore_index
-        ignored = f", or {ignore_index} for a row to be ignored"
-    if wrong.any():
-        b = int(wrong.nonzero()[0])
+        return None
+    labels = labels.cpu().contiguous()
+    wrong, kept = torch.ops.otface.look_at_labels.default(labels, classes, ignore_index)
+    if wrong >= 0:
+        ignored = "" if ignore_index is None else f", or {ignore_index} for a row to be ignored"
         raise ValueError(
-            f"{where}: `labels` must be from 0 to {classes - 1}{ignored}, got {int(labels[b])} for row {b}"
+            f"{where}: `labels` must be from 0 to {classes - 1}{ignored}, got {int(labels[wrong])} for row {wrong}"
         )
+    return int(kept)
 
 
 def lengths(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from types import FrameType
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _checks
+from ._warnings import users_frame
 
 
 class ConvergenceWarning(RuntimeWarning):
@@ -61,21 +60,10 @@ _shown: dict[tuple[str, int], dict[Any, Any]] = {}  # for each line, what `warni
 
 def warn(text: str) -> None:
     """A :class:`ConvergenceWarning` of the user's line."""
-    frame = _users_frame()
+    frame = users_frame()
     path, line = frame.f_code.co_filename, frame.f_lineno
     registry = _shown.setdefault((path, line), {})
     # `warnings` knows what it has shown by the text, but another number is the same warning.
     for key in [key for key in registry if key != "version"]:
         registry[text, ConvergenceWarning, line] = registry.pop(key)
     warnings.warn_explicit(text, ConvergenceWarning, path, line, frame.f_globals.get("__name__"), registry)
-
-
-def _users_frame() -> FrameType:
-    """The innermost one outside of this package and of torch, whose modules and autograd may have called."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
-        "otface_cuda",
-        "torch",
-    ):
-        frame = frame.f_back
-    return frame

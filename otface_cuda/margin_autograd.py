@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from .autograd import once_differentiable, real_dtype
-from .margins import KernelMargin
 
 _ops = torch.ops.otface
 
 
 class LogitsSettings(NamedTuple):
+    """What a compiled graph may take for constants; what may change from step to step is in ``numbers``."""
+
     where: str  # the user's function, for messages
-    margin: KernelMargin
-    scale: float
+    form: tuple[int, bool, bool]  # of the margin: beyond_pi, easy, straight_through
     ignore_index: int
     product_dtype: torch.dtype
     chunk_bytes: int
@@ -27,30 +27,36 @@ class LogitsSettings(NamedTuple):
 
 class LossSettings(NamedTuple):
     where: str
-    margin: KernelMargin
-    scale: float
+    form: tuple[int, bool, bool]
     ignore_index: int
-    label_smoothing: float
     product_dtype: torch.dtype
     chunk_bytes: int
     store_logits: bool
 
 
-def logits(x: Tensor, weight: Tensor, labels: Tensor, s: LogitsSettings) -> tuple[Tensor, ...]:
-    """logits, and what the gradient needs."""
-    out: tuple[Tensor, ...] = _ops.margin_logits_forward(
-        x, weight, labels, *s.margin, s.scale, s.ignore_index, s.product_dtype, s.chunk_bytes
+class LossInputs(NamedTuple):
+    """What has no gradient."""
+
+    labels: Tensor
+    numbers: Tensor  # (5,) float64, on the CPU: m1, m2, m3, scale, label_smoothing
+    class_weight: Tensor | None
+    weight_sum: Tensor | None  # (1,) float64: of the class weights, where labels are smoothed
+
+
+def logits(x: Tensor, weight: Tensor, labels: Tensor, numbers: Tensor, s: LogitsSettings) -> tuple[Tensor, ...]:
+    """logits, and what the gradient needs. `numbers` are those of the loss without the last."""
+    out: tuple[Tensor, ...] = _ops.margin_logits_forward.default(
+        x, weight, labels, numbers, *s.form, s.ignore_index, s.product_dtype, s.chunk_bytes
     )
     return out
 
 
-def losses(
-    x: Tensor, weight: Tensor, labels: Tensor, class_weight: Tensor | None, weight_sum: Tensor | None, s: LossSettings
-) -> tuple[Tensor, ...]:
+def losses(x: Tensor, weight: Tensor, inputs: LossInputs, s: LossSettings) -> tuple[Tensor, ...]:
     """The loss of each row, and what the gradient needs."""
-    out: tuple[Tensor, ...] = _ops.margin_softmax_forward(
-        x, weight, labels, class_weight, weight_sum, *s.margin, s.scale, s.ignore_index, s.label_smoothing,
-        s.product_dtype, s.chunk_bytes, s.store_logits,
+    labels, numbers, class_weight, weight_sum = inputs
+    out: tuple[Tensor, ...] = _ops.margin_softmax_forward.default(
+        x, weight, labels, class_weight, weight_sum, numbers, *s.form, s.ignore_index, s.product_dtype, s.chunk_bytes,
+        s.store_logits,
     )  # fmt: skip
     return out
 
@@ -59,21 +65,23 @@ class CosineMarginLogits(torch.autograd.Function):
     """x and weight to logits."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, settings: LogitsSettings) -> Tensor:  # type: ignore[no-untyped-def]
-        result, scaled_x, rows, inverse_norms = logits(x, weight, labels, settings)
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x: Tensor, weight: Tensor, labels: Tensor, numbers: Tensor, settings: LogitsSettings
+    ) -> Tensor:
+        result, *kept = logits(x, weight, labels, numbers, settings)
         ctx.settings = settings
-        ctx.save_for_backward(x, weight, scaled_x, rows, inverse_norms)
+        ctx.save_for_backward(x, weight, numbers, *kept)
         return result
 
     @staticmethod
     def backward(ctx, grad_logits: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         s, wanted = ctx.settings, ctx.needs_input_grad[:2]
-        x, weight, scaled_x, rows, inverse_norms = ctx.saved_tensors
+        x, weight, numbers, scaled_x, rows, inverse_norms, exponents = ctx.saved_tensors
         with torch.no_grad():
-            grads = _ops.margin_logits_backward(
-                scaled_x, weight, rows, inverse_norms, grad_logits, s.scale, s.chunk_bytes, *wanted
+            grads = _ops.margin_logits_backward.default(
+                scaled_x, weight, rows, inverse_norms, exponents, grad_logits, numbers, s.chunk_bytes, *wanted
             )
-        return *_finish(s.where, grads, wanted, (x, weight, grad_logits)), None, None
+        return *_finish(s.where, grads, wanted, (x, weight, grad_logits)), None, None, None
 
 
 class MarginSoftmaxLoss(torch.autograd.Function):
@@ -85,25 +93,28 @@ class MarginSoftmaxLoss(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         labels: Tensor,
+        numbers: Tensor,
         class_weight: Tensor | None,
         weight_sum: Tensor | None,
         settings: LossSettings,
     ) -> Tensor:
-        result, scaled_x, rows, inverse_norms, cosines = losses(x, weight, labels, class_weight, weight_sum, settings)
+        result, *kept = losses(x, weight, LossInputs(labels, numbers, class_weight, weight_sum), settings)
         ctx.settings = settings
-        ctx.save_for_backward(x, weight, scaled_x, rows, inverse_norms, cosines, class_weight, weight_sum)
+        ctx.save_for_backward(x, weight, numbers, class_weight, weight_sum, *kept)
         return result
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         s, wanted = ctx.settings, ctx.needs_input_grad[:2]
-        x, weight, scaled_x, rows, inverse_norms, cosines, class_weight, weight_sum = ctx.saved_tensors
+        x, weight, numbers, class_weight, weight_sum, scaled_x, rows, inverse_norms, exponents, cosines = (
+            ctx.saved_tensors
+        )
         with torch.no_grad():
-            grads = _ops.margin_softmax_backward(
-                scaled_x, weight, rows, inverse_norms, cosines, class_weight, weight_sum, grad_loss.contiguous(),
-                s.scale, s.label_smoothing, s.chunk_bytes, *wanted,
+            grads = _ops.margin_softmax_backward.default(
+                scaled_x, weight, rows, inverse_norms, exponents, cosines, class_weight, weight_sum,
+                grad_loss.contiguous(), numbers, s.chunk_bytes, *wanted,
             )  # fmt: skip
-        return *_finish(s.where, grads, wanted, (x, weight, grad_loss)), None, None, None, None
+        return *_finish(s.where, grads, wanted, (x, weight, grad_loss)), None, None, None, None, None
 
 
 def _finish(
@@ -114,12 +125,13 @@ def _finish(
     return once_differentiable(where, (grad_x, grad_weight), inputs)
 
 
-def _fake_saved(x: Tensor, weight: Tensor, product_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_saved(x: Tensor, weight: Tensor, product_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, d = x.shape
     return (
         x.new_empty((B, d), dtype=product_dtype),
-        x.new_empty((B, 8), dtype=torch.float64),
+        x.new_empty((B, 9), dtype=torch.float64),
         x.new_empty((weight.shape[0],), dtype=real_dtype(x)),
+        x.new_empty((weight.shape[0] + 1,), dtype=torch.int32),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, margin_autograd
+from ._numbers import number_tensor
 from .autograd import needs_graph, real_dtype
 from .margins import Margin
 
@@ -56,19 +57,16 @@ def cosine_margin_logits(
     """
     where = "cosine_margin_logits"
     x, weight, labels = _check_inputs(where, x, weight, labels)
+    m1, m2, m3, *form = check_margin(where, margin).kernel_form()
+    numbers = number_tensor(m1, m2, m3, check_scale(where, scale))
     settings = margin_autograd.LogitsSettings(
-        where,
-        _check_margin(where, margin).kernel_form(),
-        _check_scale(where, scale),
-        _check_index(where, ignore_index),
-        _product_dtype(x),
-        CHUNK_BYTES[x.device.type],
+        where, tuple(form), check_index(where, ignore_index), _product_dtype(x), CHUNK_BYTES[x.device.type]
     )
     _checks.check_classes(where, labels, weight.shape[0], settings.ignore_index)
     if needs_graph(x, weight):
-        out: Tensor = margin_autograd.CosineMarginLogits.apply(x, weight, labels, settings)
+        out: Tensor = margin_autograd.CosineMarginLogits.apply(x, weight, labels, numbers, settings)
         return out
-    return margin_autograd.logits(x, weight, labels, settings)[0]
+    return margin_autograd.logits(x, weight, labels, numbers, settings)[0]
 
 
 def margin_softmax_loss(
@@ -119,40 +117,36 @@ def margin_softmax_loss(
     """
     where = "margin_softmax_loss"
     x, weight, labels = _check_inputs(where, x, weight, labels)
-    _checks.check_choice(where, "reduction", reduction, REDUCTIONS)
-    if not (store_logits is None or isinstance(store_logits, bool)):
-        raise _checks.wrong_type(where, "store_logits", "True, False or None", store_logits)
-    if chunk_bytes is None:
-        chunk_bytes = CHUNK_BYTES[x.device.type]
+    check_reduction(where, reduction)
+    m1, m2, m3, *form = check_margin(where, margin).kernel_form()
+    smoothing = check_smoothing(where, label_smoothing)
+    numbers = number_tensor(m1, m2, m3, check_scale(where, scale), smoothing)
+    chunk_bytes = check_chunk_bytes(where, chunk_bytes)
+    store_logits = check_store(where, store_logits)
+    with_graph = needs_graph(x, weight)
     settings = margin_autograd.LossSettings(
         where,
-        _check_margin(where, margin).kernel_form(),
-        _check_scale(where, scale),
-        _check_index(where, ignore_index),
-        _check_smoothing(where, label_smoothing),
+        tuple(form),
+        check_index(where, ignore_index),
         _product_dtype(x),
-        _checks.check_int(where, "chunk_bytes", chunk_bytes, 1),
-        needs_graph(x, weight) and _stores(store_logits, x, weight),
+        CHUNK_BYTES[x.device.type] if chunk_bytes is None else chunk_bytes,
+        with_graph and _stores(store_logits, x, weight),
     )
-    u = None if class_weight is None else _check_class_weight(where, class_weight, x, weight)
-    _checks.check_classes(where, labels, weight.shape[0], settings.ignore_index)
-    weight_sum = None
-    if settings.label_smoothing > 0:
-        weight_sum = torch.full((1,), float(weight.shape[0]), dtype=torch.float64, device=x.device)
-        if u is not None:
-            weight_sum = u.double().sum().reshape(1)
-    if needs_graph(x, weight):
-        losses: Tensor = margin_autograd.MarginSoftmaxLoss.apply(x, weight, labels, u, weight_sum, settings)
+    u = None if class_weight is None else _operator_class_weight(where, class_weight, x, weight)
+    kept = _checks.check_classes(where, labels, weight.shape[0], settings.ignore_index)
+    inputs = margin_autograd.LossInputs(labels, numbers, u, _weight_sum(u, x, weight) if smoothing > 0 else None)
+    if with_graph:
+        losses: Tensor = margin_autograd.MarginSoftmaxLoss.apply(x, weight, *inputs, settings)
     else:
-        losses = margin_autograd.losses(x, weight, labels, u, weight_sum, settings)[0]
+        losses = margin_autograd.losses(x, weight, inputs, settings)[0]
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
-    counted = labels != settings.ignore_index
-    if u is None:
-        return losses.sum() / counted.sum()
-    return losses.sum() / (u[labels.clamp(0, weight.shape[0] - 1)] * counted).sum()
+    if u is not None:
+        counted = labels != settings.ignore_index
+        return losses.sum() / (u[labels.clamp(0, weight.shape[0] - 1)] * counted).sum()
+    return losses.sum() / ((labels != settings.ignore_index).sum() if kept is None else kept)
 
 
 def _check_inputs(where: str, x: Any, weight: Any, labels: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,38 +184,67 @@ def _stores(store_logits: bool | None, x: Tensor, weight: Tensor) -> bool:
     return x.shape[0] * weight.shape[0] * real_dtype(x).itemsize <= STORED_BYTES
 
 
-def _check_margin(where: str, margin: Any) -> Margin:
+def _weight_sum(u: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
+    if u is None:
+        return torch.full((1,), float(weight.shape[0]), dtype=torch.float64, device=x.device)
+    return u.double().sum().reshape(1)
+
+
+# The settings: of the functions in each call, of the modules as soon as they are given.
+
+
+def check_margin(where: str, margin: Any) -> Margin:
     if not isinstance(margin, Margin):
         raise _checks.wrong_type(where, "margin", "a margin such as otface_cuda.ArcFace(0.5)", margin)
     return margin
 
 
-def _check_scale(where: str, scale: Any) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, Real):
+def check_scale(where: str, scale: Any) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, (Real, torch.SymFloat, torch.SymInt)):
         raise _checks.wrong_type(where, "scale", "a positive float", scale)
     if not 0 < float(scale) < math.inf:
         raise _checks.wrong_value(where, "scale", "positive and finite", scale)
     return float(scale)
 
 
-def _check_index(where: str, ignore_index: Any) -> int:
+def check_reduction(where: str, reduction: Any) -> str:
+    _checks.check_choice(where, "reduction", reduction, REDUCTIONS)
+    return str(reduction)
+
+
+def check_index(where: str, ignore_index: Any) -> int:
     return _checks.check_int(where, "ignore_index", ignore_index, -(2**63))
 
 
-def _check_smoothing(where: str, label_smoothing: Any) -> float:
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, Real):
+def check_smoothing(where: str, label_smoothing: Any) -> float:
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (Real, torch.SymFloat, torch.SymInt)):
         raise _checks.wrong_type(where, "label_smoothing", "a float from 0 to 1", label_smoothing)
     if not 0 <= float(label_smoothing) <= 1:
         raise _checks.wrong_value(where, "label_smoothing", "from 0 to 1", label_smoothing)
     return float(label_smoothing)
 
 
-def _check_class_weight(where: str, class_weight: Any, x: Tensor, weight: Tensor) -> Tensor:
+def check_store(where: str, store_logits: Any) -> bool | None:
+    if not (store_logits is None or isinstance(store_logits, bool)):
+        raise _checks.wrong_type(where, "store_logits", "True, False or None", store_logits)
+    return store_logits
+
+
+def check_chunk_bytes(where: str, chunk_bytes: Any) -> int | None:
+    return None if chunk_bytes is None else _checks.check_int(where, "chunk_bytes", chunk_bytes, 1)
+
+
+def _operator_class_weight(where: str, class_weight: Any, x: Tensor, weight: Tensor) -> Tensor:
     """(C,) in the dtype of the arithmetic."""
+    u = check_class_weight(where, class_weight, weight.shape[0])
+    _checks.check_device(where, "class_weight", u, "x", x)
+    return u.to(real_dtype(x)).contiguous()
+
+
+def check_class_weight(where: str, class_weight: Any, classes: int) -> Tensor:
     _checks.check_floating(where, "class_weight", class_weight, "(C,)", (1,))
-    if class_weight.shape != weight.shape[:1]:
-        raise _checks.wrong_value(where, "class_weight", f"of shape ({weight.shape[0]},)", class_weight)
-    _checks.check_device(where, "class_weight", class_weight, "x", x)
+    if class_weight.shape != (classes,):
+        raise _checks.wrong_value(where, "class_weight", f"of shape ({classes},)", class_weight)
     if class_weight.requires_grad:
         raise ValueError(
             f"{where}: `class_weight` must not require grad, its gradient is not computed; pass `class_weight.detach()`"
@@ -233,5 +256,5 @@ def _check_class_weight(where: str, class_weight: Any, x: Tensor, weight: Tensor
             raise ValueError(
                 f"{where}: `class_weight` must be finite and not negative, got {class_weight[j].item()} for class {j}"
             )
-    u: Tensor = class_weight.to(real_dtype(x)).contiguous()
+    u: Tensor = class_weight
     return u

@@ -13,6 +13,8 @@ from dataclasses import KW_ONLY, dataclass
 from numbers import Real
 from typing import NamedTuple
 
+import torch
+
 from ._checks import check_choice, wrong_type, wrong_value
 
 GRADIENTS = ("exact", "straight_through")
@@ -171,10 +173,10 @@ class CombinedMargin(Margin):
 def _keep_number(margin: Margin, name: str, expected: str, is_right: Callable[[float], bool]) -> None:
     """Leave the field as a float, in whatever type of number it came."""
     where, x = type(margin).__name__, getattr(margin, name)
-    if isinstance(x, bool) or not isinstance(x, Real):
+    if isinstance(x, bool) or not isinstance(x, (Real, torch.SymFloat, torch.SymInt)):
         raise wrong_type(where, name, expected, x)
     number = float(x)
-    if not (math.isfinite(number) and is_right(number)):
+    if not (-math.inf < number < math.inf and is_right(number)):  # as torch.compile can trace it, as in check_finite
         raise wrong_value(where, name, expected, x)
     object.__setattr__(margin, name, number)
 

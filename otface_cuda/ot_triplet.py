@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _checks, autograd
 from ._documented import documented_fields
+from ._numbers import number_tensor
 from ._operators import operator
 from .costs import METRICS
 from .pairs import (
@@ -87,23 +88,40 @@ def ot_triplet_loss(
     if points.shape[1] == 0:
         raise _checks.wrong_value(where, "feature_map", "at least one cell each", feature_map)
     _check_triplets(where, triplets, feature_map)
-    if isinstance(eps, Tensor):
-        raise _checks.wrong_type(where, "eps", "a positive float", eps)
-    strength = _checks.check_finite(where, "eps", eps)
-    if strength <= 0:
-        raise _checks.wrong_value(where, "eps", "positive and finite", eps)
-    n_iter = _checks.check_int(where, "n_iter", n_iter, 1)
-    slack = _checks.check_finite(where, "beta", beta)
-    _checks.check_choice(where, "metric", metric, METRICS)
+    numbers = number_tensor(check_eps(where, eps), check_beta(where, beta))
+    n_iter = check_iterations(where, n_iter)
+    metric = check_metric(where, metric)
     if chunk_bytes is None:
         chunk_bytes = DEFAULT_CHUNK_BYTES[feature_map.device.type]
     chunk_bytes = _checks.check_int(where, "chunk_bytes", chunk_bytes, 1)
-    arguments = (points, triplets.to(torch.int64), strength, n_iter, slack, metric, chunk_bytes)
+    arguments = (points, triplets.to(torch.int64), numbers, n_iter, metric, chunk_bytes)
     if autograd.needs_graph(points):
         loss, n_hard, n_active = _OTTripletLoss.apply(*arguments)
     else:
         loss, n_hard, n_active = torch.ops.otface.ot_triplet_forward(*arguments, False)[:3]
     return OTTripletLossOutput(loss, n_hard, n_active)
+
+
+def check_eps(where: str, eps: Any) -> float:
+    if isinstance(eps, Tensor):
+        raise _checks.wrong_type(where, "eps", "a positive float", eps)
+    strength = _checks.check_finite(where, "eps", eps)
+    if strength <= 0:
+        raise _checks.wrong_value(where, "eps", "positive and finite", eps)
+    return strength
+
+
+def check_iterations(where: str, n_iter: Any) -> int:
+    return _checks.check_int(where, "n_iter", n_iter, 1)
+
+
+def check_beta(where: str, beta: Any) -> float:
+    return _checks.check_finite(where, "beta", beta)
+
+
+def check_metric(where: str, metric: Any) -> str:
+    _checks.check_choice(where, "metric", metric, METRICS)
+    return str(metric)
 
 
 def _check_triplets(where: str, triplets: Any, feature_map: Tensor) -> None:
@@ -133,23 +151,26 @@ def _check_triplets(where: str, triplets: Any, feature_map: Tensor) -> None:
 
 class _OTTripletLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, points: Tensor, triplets: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
-        loss, n_hard, n_active, hinge, kept = torch.ops.otface.ot_triplet_forward(points, triplets, *settings, True)
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, points: Tensor, triplets: Tensor, numbers: Tensor, *settings: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, n_hard, n_active, hinge, kept = torch.ops.otface.ot_triplet_forward(
+            points, triplets, numbers, *settings, True
+        )
         ctx.settings = settings
         ctx.mark_non_differentiable(n_hard, n_active)
-        ctx.save_for_backward(points, triplets, hinge, kept)
+        ctx.save_for_backward(points, triplets, numbers, hinge, kept)
         return loss, n_hard, n_active
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        points, triplets, hinge, kept = ctx.saved_tensors
-        eps, n_iter, _beta, metric, chunk_bytes = ctx.settings
+        points, triplets, numbers, hinge, kept = ctx.saved_tensors
         with torch.no_grad():
             grad = torch.ops.otface.ot_triplet_backward(
-                points, triplets, hinge, kept, grad_loss, eps, n_iter, metric, chunk_bytes
+                points, triplets, hinge, kept, grad_loss, numbers, *ctx.settings
             )
         (grad,) = autograd.once_differentiable("ot_triplet_loss", (grad,), (points, grad_loss))
-        return grad, None, *(None for _ in ctx.settings)
+        return grad, None, None, *(None for _ in ctx.settings)
 
 
 class _Pairs(NamedTuple):
@@ -195,12 +216,11 @@ def _distinct(pairs: _Pairs, rows: Tensor | slice, wanted: Tensor | None = None)
     return Distinct(first.clamp(min=0), second.clamp(min=0), valid, None, None)
 
 
-def _numbers(eps: float, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """`eps` and `tol` of so many problems."""
-    numbers = torch.zeros((2, 1), dtype=torch.float64, device=like.device)
-    numbers[:1].fill_(eps)  # an assignment may copy the number from the host
-    strengths, tol = numbers.expand(2, count)
-    return strengths, tol
+def _strengths(eps: Tensor, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """`eps`, a number on the CPU, and `tol` of so many problems."""
+    tol = torch.zeros(1, dtype=torch.float64, device=like.device)
+    # By arithmetic, which hands the number to the GPU with the launch: a copy from the CPU would wait for it.
+    return (tol + eps).expand(count), tol.expand(count)
 
 
 def _room(triplets: Tensor, points: Tensor) -> int:
@@ -215,7 +235,7 @@ def _kept_shape(triplets: Tensor, points: Tensor) -> tuple[int, ...]:
     return (room, p, p) if room * p * p * autograd.real_dtype(points).itemsize <= KEPT_BYTES else (0, p, p)
 
 
-def _fake_forward(points, triplets, eps, n_iter, beta, metric, chunk_bytes, keep):  # type: ignore[no-untyped-def]
+def _fake_forward(points, triplets, numbers, n_iter, metric, chunk_bytes, keep):  # type: ignore[no-untyped-def]
     count, real = points.new_empty((), dtype=torch.int64), autograd.real_dtype(points)
     kept = points.new_empty(_kept_shape(triplets, points) if keep else 0, dtype=real)
     loss, hinge = (points.new_empty(shape, dtype=real) for shape in ((), len(triplets)))
@@ -228,8 +248,9 @@ def _fake_backward(points, *args):  # type: ignore[no-untyped-def]
 
 @operator("ot_triplet_forward", _fake_forward)
 def _forward(
-    points: Tensor, triplets: Tensor, eps: float, n_iter: int, beta: float, metric: str, chunk_bytes: int, keep: bool
+    points: Tensor, triplets: Tensor, numbers: Tensor, n_iter: int, metric: str, chunk_bytes: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    eps, beta = numbers  # on the CPU
     real = autograd.real_dtype(points)
     kept = points.new_empty(_kept_shape(triplets, points) if keep else 0, dtype=real)
     if len(triplets) == 0 or len(points) == 0:
@@ -241,7 +262,7 @@ def _forward(
     size = len(pairs.listed)
     distances = points.new_full((size + 1,), torch.nan, dtype=real)  # the last one is that of pairs that do not exist
     settings = PairSettings(metric, n_iter, n_iter, "unrolled", chunk_bytes)
-    strengths, tol = _numbers(eps, size, points)
+    strengths, tol = _strengths(eps, size, points)
     out = empty_results(points, pairs.listed)
     keep_in = kept[:size] if kept.numel() > 0 else None
     solve_pairs(out, points, _distinct(pairs, slice(size)), strengths, None, None, tol, settings, keep_in)
@@ -259,7 +280,7 @@ def _backward(
     hinge: Tensor,
     kept: Tensor,
     grad_loss: Tensor,
-    eps: float,
+    numbers: Tensor,
     n_iter: int,
     metric: str,
     chunk_bytes: int,
@@ -281,7 +302,7 @@ def _backward(
         distinct, grad_distances = _distinct(pairs, rows), grad_distances[rows]
     else:
         distinct = _distinct(pairs, slice(size), wanted)
-    strengths, tol = _numbers(eps, len(distinct.first), points)
+    strengths, tol = _strengths(numbers[0], len(distinct.first), points)
     settings = PairSettings(metric, n_iter, n_iter, "unrolled", chunk_bytes)
     nothing = points.new_empty(0)
     incoming = autograd.OutputGradients(None, grad_distances, None, None, None)

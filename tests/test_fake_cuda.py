@@ -183,12 +183,13 @@ def test_fakes_of_the_pairs(name: str) -> None:
 def test_triplets(metric: str, chunk_bytes: int, kept_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many pairs are solved as there can be, and the bodies give what tracing is told."""
     monkeypatch.setattr(ot_triplet, "KEPT_BYTES", kept_bytes)
-    points, triplets, settings = rand(FEATURES, N, D), ones(9, 3), (0.5, 3)
-    arguments = (points, triplets, *settings, 0.1, metric, chunk_bytes, True)
+    points, triplets, numbers = rand(FEATURES, N, D), ones(9, 3), torch.tensor([0.5, 0.1], dtype=torch.float64)
+    settings = (numbers, 3, metric, chunk_bytes)
+    arguments = (points, triplets, *settings, True)
     out = ot_triplet._forward(*arguments)
     *_, hinge, kept = out
     told = torch.ops.otface.ot_triplet_forward(*arguments)
-    arguments = (points, triplets, hinge, kept, rand(), *settings, metric, chunk_bytes)
+    arguments = (points, triplets, hinge, kept, rand(), *settings)
     out = (*out, ot_triplet._backward(*arguments))
     told = (*told, torch.ops.otface.ot_triplet_backward(*arguments))
     for x, y in zip(out, told, strict=True):
@@ -196,7 +197,7 @@ def test_triplets(metric: str, chunk_bytes: int, kept_bytes: int, monkeypatch: p
 
 
 def test_mining_with_a_fixed_number() -> None:
-    found = mining._hardest(rand(FEATURES, D), ones(FEATURES), 0.1, 20)
+    found = mining._hardest(rand(FEATURES, D), ones(FEATURES), torch.tensor([0.1], dtype=torch.float64), 20, None)
     assert (found.shape, found.dtype, found.device) == ((20, 3), torch.int64, torch.device("cuda:0"))
 
 

@@ -70,19 +70,20 @@ def test_otface_loss() -> None:
 def test_bodies_of_the_operators() -> None:
     """What the operators do that are opaque to tracing: without `max_triplets` mining has to ask how many there are."""
     x, labels, points = rand(B, D), ones(B), rand(B, 9, 5)
-    triplets = mining._hardest(x, labels, 0.0, T)
+    alpha, numbers = (torch.tensor(x, dtype=torch.float64) for x in ([0.0], [1.0, 0.0]))
+    triplets = mining._hardest(x, labels, alpha, T, -1)
     check(triplets, (T, 3), torch.int64)
     with pytest.raises(Exception, match=r"nonzero|mask|data"):
-        mining._all_hard(x, labels, 0.0)
+        mining._all_hard(x, labels, 0.0, -1)
     for keep in (False, True):
         loss, n_hard, n_active, hinge, kept = ot_triplet._forward(
-            points, triplets, 1.0, 10, 0.0, "cosine", 1 << 20, keep
+            points, triplets, numbers, 10, "cosine", 1 << 20, keep
         )
         check(loss, (), torch.float32)
         check(n_hard, (), torch.int64)
         check(n_active, (), torch.int64)
         check(hinge, (T,), torch.float32)
-        grad = ot_triplet._backward(points, triplets, hinge, kept, loss, 1.0, 10, "cosine", 1 << 20)
+        grad = ot_triplet._backward(points, triplets, hinge, kept, loss, numbers, 10, "cosine", 1 << 20)
         check(grad, tuple(points.shape), torch.float32)
 
 

@@ -111,17 +111,67 @@ def test_without_a_list_of_unknown_length(monkeypatch: pytest.MonkeyPatch) -> No
     for chunk_bytes in (1, 3 * 10 * 10 * 4 * 8, 2**20):
         monkeypatch.setattr(mining, "CHUNK_BYTES", chunk_bytes)
         unit = torch.nn.functional.normalize(embeddings)
-        found = mining.hardest_without_counting(unit, names, 0.2, 40)
+        found = mining.hardest_without_counting(unit, names, number(0.2), 40, None)
         assert torch.equal(found, expected)
-        assert torch.equal(mine_hard_triplets(embeddings, names, 0.2), mine_hard_triplets(embeddings, names, 0.2))
 
 
-def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ignore_index", [None, 1])
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_without_a_kernel(
+    dtype: torch.dtype, labels: str, ignore_index: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is done on CUDA finds the same, to the bit of how hard they are, whatever the chunk."""
+    embeddings, names = problem(labels)
+    unit = torch.nn.functional.normalize(embeddings).to(dtype)
+    cosines = unit @ unit.T
+    for alpha in (0.0, 0.1):
+        expected = torch.ops.otface.hard_triplets(cosines, names, alpha, ignore_index)
+        for chunk_bytes in (1, 500, 2**20):
+            monkeypatch.setattr(mining, "CHUNK_BYTES", chunk_bytes)
+            for x, y in zip(mining.hard_of_cosines(cosines, names, alpha, ignore_index), expected, strict=True):
+                assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("ignore_index", [0, 1, 7, 99])
+@pytest.mark.parametrize("max_triplets", [None, 200])
+def test_ignored_rows(max_triplets: int | None, ignore_index: int, device: str) -> None:
+    """They are neither anchors nor positives nor negatives: the rest is as without them."""
     embeddings, names = problem("people")
-    expected = mine_hard_triplets(embeddings, names)
-    for chunk_bytes in (1, 500):
-        monkeypatch.setattr(mining, "CHUNK_BYTES", chunk_bytes)
-        assert torch.equal(mine_hard_triplets(embeddings, names), expected)
+    kept = (names != ignore_index).nonzero()[:, 0]
+    expected = [tuple(kept[list(t)].tolist()) for t in hard_triplets(embeddings[kept], names[kept], 0.1)]
+    found = mine_hard_triplets(
+        embeddings.to(device), names.to(device), 0.1, max_triplets=max_triplets, ignore_index=ignore_index
+    )
+    assert sorted(t for t in as_list(found) if t != (-1, -1, -1)) == expected
+    unit = torch.nn.functional.normalize(embeddings)
+    found = mining.hardest_without_counting(unit, names, number(0.1), 200, ignore_index)
+    assert sorted(t for t in as_list(found) if t != (-1, -1, -1)) == expected
+
+
+def number(alpha: float) -> Tensor:
+    """As the operators take it."""
+    return torch.tensor(alpha, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_ties_without_counting(dtype: torch.dtype) -> None:
+    """An excess of exactly -alpha is not hard: neither 0 for alpha = 0 nor -1/2 for 1/2, in each way of mining."""
+    embeddings = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, -1], [1, 1, 1, 1]], dtype=dtype) / 2
+    names = torch.tensor([0, 0, 1, 2])  # cosines with the first two: 1/2 and 1, that of the positive is 1
+    for alpha, expected in (
+        (0.0, set()),
+        (1e-3, {(0, 1, 3), (1, 0, 3)}),
+        (0.5, {(0, 1, 3), (1, 0, 3)}),
+        (0.5 + 1e-3, {(0, 1, 2), (0, 1, 3), (1, 0, 2), (1, 0, 3)}),
+    ):
+        for found in (
+            mine_hard_triplets(embeddings, names, alpha),
+            mine_hard_triplets(embeddings, names, alpha, max_triplets=9),
+            mining.hardest_without_counting(embeddings, names, number(alpha), 9, None),
+            mining.hard_of_cosines(embeddings @ embeddings.T, names, alpha, None)[0],
+        ):
+            assert {t for t in as_list(found) if t != (-1, -1, -1)} == expected
 
 
 @pytest.mark.parametrize("max_triplets", [None, 10_000])
@@ -172,8 +222,13 @@ def test_under_autocast(device: str) -> None:
 def test_opcheck(device: str) -> None:
     embeddings, names = (x.to(device) for x in problem("people"))
     unit = torch.nn.functional.normalize(embeddings)
-    for most in (1, 500):
-        torch.library.opcheck(torch.ops.otface.hardest_triplets, (unit, names, 0.1, most))
+    alpha = torch.tensor([0.1], dtype=torch.float64)
+    for most, ignore_index in ((1, None), (500, 1)):
+        torch.library.opcheck(torch.ops.otface.hardest_triplets, (unit, names, alpha, most, ignore_index))
+    if device == "cpu":
+        # As other operators whose size depends on the data, it is not traced but where the compiler is told to.
+        tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+        torch.library.opcheck(torch.ops.otface.hard_triplets, (unit @ unit.T, names, 0.1, 2), test_utils=tests)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -217,6 +272,10 @@ CASES: dict[str, dict[str, Case]] = {
         "string": Case("1", TypeError, "got '1'"),
         "tensor": Case(torch.tensor(0.0), TypeError, "float32 tensor"),
         "none": Case(None, TypeError, "got None"),
+    },
+    "ignore_index": {
+        "float": Case(1.0, TypeError, "got 1.0"),
+        "bool": Case(True, TypeError, "got True"),
     },
     "max_triplets": {
         "zero": Case(0, ValueError, "got 0"),

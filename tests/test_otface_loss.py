@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from otface_cuda import ArcFace, CosFace, OTFaceLoss, OTFaceOutput
 
 from .margin_problems import logit_error
 from .otface_problems import Batch, Official, distance_error, official_head, random_batch
-from .problems import DTYPES, output_dtype
+from .problems import DTYPES, has_cuda_kernels, output_dtype
 from .test_bad_input import Case, meta, refused, to
 
 LABELS = {
@@ -121,6 +122,95 @@ def test_batches_without_triplets(labels: str, max_triplets: int | None, device:
         out = check(batch, max_triplets=max_triplets)
     assert (out.ot_loss, out.n_hard, out.n_active) == (0, 0, 0)
     assert (run(batch, max_triplets=max_triplets)[1][1] == 0).all()
+
+
+# Rows that are ignored, and what the margin loss has besides
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 1])
+@pytest.mark.parametrize("max_triplets", [None, 50])
+def test_ignored_rows_are_no_person(max_triplets: int | None, ignore_index: int, device: str) -> None:
+    """Loss, numbers and gradients are those of the batch without them, whose own gradients are zero."""
+    batch = random_batch([0, ignore_index, 0, 2, ignore_index, 2, 3, ignore_index, 4]).to(torch.float64, device)
+    settings = {"ignore_index": ignore_index, "max_triplets": max_triplets, "margin": ArcFace(0.45), "scale": SCALE}
+    kept = batch.labels != ignore_index
+    out, grads = run(batch, **settings)
+    without = Batch(batch.embeddings[kept], batch.maps[kept], batch.labels[kept], batch.weight)
+    expected, of_kept = run(without, **settings)
+    assert out.n_hard > 0
+    assert (out.n_hard, out.n_active) == (expected.n_hard, expected.n_active)
+    # Of the hinge's terms, only the order may differ.
+    for x, y in zip(out[:3], expected[:3], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-14, atol=0)
+    for x, y in zip(grads[:2], of_kept[:2], strict=True):
+        torch.testing.assert_close(x[kept], y, rtol=1e-12, atol=1e-14)
+        assert (x[~kept] == 0).all()
+    torch.testing.assert_close(grads[2], of_kept[2], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("max_triplets", [None, 3])
+def test_two_ignored_rows_are_no_pair(max_triplets: int | None, device: str) -> None:
+    batch = random_batch([-100, -100, 0]).to(torch.float32, device)
+    with pytest.warns(UserWarning, match="of 1 rows each has one of its own"):
+        out, grads = run(batch, max_triplets=max_triplets)
+    assert (out.n_hard, out.n_active, out.ot_loss) == (0, 0, 0)
+    assert (grads[1] == 0).all()
+
+
+def test_settings_of_the_margin_loss(device: str) -> None:
+    batch = random_batch([0, 0, 1, -7, 2]).to(torch.float64, device)
+    u = torch.linspace(0.5, 2, len(batch.weight), dtype=torch.float64, device=device)
+    settings = {"ignore_index": -7, "label_smoothing": 0.2, "class_weight": u}
+    loss = OTFaceLoss(*batch.weight.shape, scale=8.0, dtype=torch.float64, device=device, **settings)
+    expected = otface_cuda.margin_softmax_loss(
+        batch.embeddings, loss.weight, batch.labels, margin=ArcFace(0.45), scale=8.0, **settings
+    )
+    assert torch.equal(loss(*batch[:3]).margin_loss, expected)
+    assert list(loss.state_dict()) == ["weight"]
+    assert [name for name, _ in loss.named_buffers()] == ["class_weight"]
+
+
+# Batches in which no triplet is possible
+
+
+@pytest.mark.parametrize("max_triplets", [None, 3])
+@pytest.mark.parametrize(
+    ("labels", "what"),
+    [([0, 1, 2, -100], "of 3 rows each has one of its own"), ([1, 1, -100, 1], "of 3 rows all are of one")],
+)
+def test_a_note_that_there_is_no_triplet(
+    labels: list[int], what: str, max_triplets: int | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for the line that calls, which it points at; by the standard filters."""
+    monkeypatch.setenv("OTFACE_CHECK", "1")
+    batch = random_batch(labels).to(torch.float32, device)
+    loss = OTFaceLoss(5, 7, max_triplets=max_triplets, device=device)
+    net = nn.ModuleList([loss])  # any module between
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            net[0](*batch[:3])
+        net[0](*batch[:3])
+    assert [str(w.message).endswith(what) for w in caught] == [True, True]
+    assert [w.filename for w in caught] == [__file__] * 2
+    assert caught[1].lineno == caught[0].lineno + 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss.ot_weight = 0.0
+        loss(*batch[:3])
+        if has_cuda_kernels(device):  # there it would wait
+            loss.ot_weight = 1.0
+            monkeypatch.delenv("OTFACE_CHECK")
+            loss(*batch[:3])
+
+
+def test_no_note_where_triplets_are_possible(device: str) -> None:
+    """None of them is hard here."""
+    batch = random_batch([0, 0, 1]).to(torch.float32, device)
+    batch.embeddings[1] = batch.embeddings[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(batch)[0].n_hard == 0
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1e-6])
@@ -326,9 +416,12 @@ def test_defaults_are_those_of_the_functions() -> None:
     of_module = inspect.signature(OTFaceLoss).parameters
     for function in (otface_cuda.ot_triplet_loss, otface_cuda.mine_hard_triplets):
         for name, parameter in inspect.signature(function).parameters.items():
-            if name in of_module:
+            if name in of_module and name != "ignore_index":  # mining may have none
                 assert of_module[name].default == parameter.default
                 assert of_module[name].annotation == parameter.annotation
+    of_margin = inspect.signature(otface_cuda.MarginSoftmaxLoss).parameters
+    for name in ("ignore_index", "label_smoothing", "class_weight"):
+        assert of_module[name] == of_margin[name]
     defaults = {name: p.default for name, p in of_module.items()}
     assert (defaults["margin"], defaults["scale"], defaults["ot_weight"]) == (ArcFace(0.45), 64.0, 10.0)
 
@@ -356,21 +449,24 @@ NUMBER = {
     "none": Case(None, TypeError, "got None"),
 }
 POSITIVE = NUMBER | {"zero": Case(0.0, ValueError, "got 0.0"), "negative": Case(-1.0, ValueError, "got -1.0")}
-SETTINGS: dict[str, tuple[str, dict[str, Case]]] = {  # by whom they are refused
-    "num_classes": ("OTFaceLoss", {"zero": Case(0, ValueError, "got 0"), "float": Case(5.0, TypeError, "got 5.0")}),
-    "embedding_size": ("OTFaceLoss", {"zero": Case(0, ValueError, "got 0"), "none": Case(None, TypeError, "got None")}),
-    "margin": ("margin_softmax_loss", {"float": Case(0.5, TypeError, "got 0.5")}),
-    "scale": ("margin_softmax_loss", POSITIVE),
-    "ot_weight": ("OTFaceLoss", NUMBER | {"negative": Case(-1.0, ValueError, "got -1.0")}),
-    "eps": ("ot_triplet_loss", POSITIVE),
-    "n_iter": ("ot_triplet_loss", {"zero": Case(0, ValueError, "got 0"), "float": Case(1.0, TypeError, "got 1.0")}),
-    "alpha": ("mine_hard_triplets", NUMBER),
-    "beta": ("ot_triplet_loss", NUMBER),
-    "max_triplets": (
-        "mine_hard_triplets",
-        {"zero": Case(0, ValueError, "got 0"), "float": Case(1.0, TypeError, "got 1.0")},
-    ),
-    "metric": ("ot_triplet_loss", {"unknown": Case("l1", ValueError, "got 'l1'")}),
+SETTINGS: dict[str, dict[str, Case]] = {
+    "num_classes": {"zero": Case(0, ValueError, "got 0"), "float": Case(5.0, TypeError, "got 5.0")},
+    "embedding_size": {"zero": Case(0, ValueError, "got 0"), "none": Case(None, TypeError, "got None")},
+    "margin": {"float": Case(0.5, TypeError, "got 0.5")},
+    "scale": POSITIVE,
+    "ot_weight": NUMBER | {"negative": Case(-1.0, ValueError, "got -1.0")},
+    "eps": POSITIVE,
+    "n_iter": {"zero": Case(0, ValueError, "got 0"), "float": Case(1.0, TypeError, "got 1.0")},
+    "alpha": NUMBER,
+    "beta": NUMBER,
+    "max_triplets": {"zero": Case(0, ValueError, "got 0"), "float": Case(1.0, TypeError, "got 1.0")},
+    "metric": {"unknown": Case("l1", ValueError, "got 'l1'")},
+    "ignore_index": {"float": Case(-1.0, TypeError, "got -1.0")},
+    "label_smoothing": {"more than 1": Case(1.5, ValueError, "got 1.5")},
+    "class_weight": {
+        "too few": Case(torch.ones(4), ValueError, "(4,)"),
+        "negative": Case(-torch.ones(5), ValueError, "got -1.0 for class 0"),
+    },
 }
 DATA: dict[str, tuple[str, dict[str, Case]]] = {
     "embeddings": (
@@ -413,12 +509,22 @@ def cases_of(table: dict[str, tuple[str, dict[str, Case]]]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("where", "name", "case"), cases_of(SETTINGS))
-def test_refused_settings(where: str, name: str, case: Case, device: str) -> None:
-    batch = random_batch(LABELS["people"]).to(torch.float32, device)
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [pytest.param(name, case, id=f"{name}-{kind}") for name, some in SETTINGS.items() for kind, case in some.items()],
+)
+def test_refused_settings(name: str, case: Case, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the constructor, and when they are assigned, which leaves the setting as it was."""
+    monkeypatch.setenv("OTFACE_CHECK", "1")
     arguments = {"num_classes": 5, "embedding_size": 7, name: to(case.value, device)}
-    with refused(case.error, where, name, case.came):
-        OTFaceLoss(device=device, **arguments)(*batch[:3])
+    with refused(case.error, "OTFaceLoss", name, case.came):
+        OTFaceLoss(device=device, **arguments)
+    if name not in ("num_classes", "embedding_size"):
+        loss = OTFaceLoss(5, 7, device=device)
+        before = getattr(loss, name)
+        with refused(case.error, "OTFaceLoss", name, case.came):
+            setattr(loss, name, to(case.value, device))
+        assert getattr(loss, name) is before
 
 
 @pytest.mark.parametrize(("where", "name", "case"), cases_of(DATA))

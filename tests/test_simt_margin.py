@@ -10,11 +10,14 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+import otface_cuda
 
 from .simt import margin as simt
 from .simt.build import ROOT
@@ -25,6 +28,7 @@ REALS = (torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
 SIZES = (1, 3, 31, 32, 33, 127, 129, 511, 512, 513, 1000, 1540)
 IGNORED, OUT_OF_RANGE = -1.0, -2.0
+LEAST_SINE = 2.0**-26
 EVERY_REAL = pytest.mark.parametrize("dtype", REALS)
 
 
@@ -42,7 +46,7 @@ def same_bits(a: Arrays, b: Arrays) -> None:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-def margin_reference(m: Margin, c: float, least_sine: float) -> tuple[float, float]:
+def margin_reference(m: Margin, c: float) -> tuple[float, float]:
     """The margin and its slope, from the comments of formula.h."""
     c = min(1.0, max(-1.0, c))
     if m.easy and c <= 0:
@@ -52,7 +56,7 @@ def margin_reference(m: Margin, c: float, least_sine: float) -> tuple[float, flo
     if (m.m1 == 1 and m.m2 == 0) or (m.beyond_pi == 1 and phi > math.pi):
         return c - (m.m2 * math.sin(m.m2)) - m.m3, 1.0
     k = math.floor(phi / math.pi) if m.beyond_pi == 2 else 0
-    slope = (-1) ** k * m.m1 * math.sin(phi) / max(math.sin(theta), least_sine)
+    slope = (-1) ** k * m.m1 * math.sin(phi) / max(math.sin(theta), LEAST_SINE)
     return (-1) ** k * math.cos(phi) - 2 * k - m.m3, 1.0 if m.straight_through else slope
 
 
@@ -119,13 +123,15 @@ def test_start(size: int, types: tuple[torch.dtype, ...]) -> None:
         w = weight[labels]
         cosines = (scaled * w).sum(1) / length / np.sqrt((w**2).sum(1))
         for k, cosine in enumerate(cosines):
-            value, slope = margin_reference(margin, cosine, math.sqrt(unit(types[2])))
+            value, slope = margin_reference(margin, cosine)
             # acos and the slope lose 1 / sin(theta) of it, and that loses it once more
             amplified = 16 * margin.m1**2 * error / max(1 - cosine**2, error)
-            if size > 1:  # else theta is 0 or pi, where the slope is that of `least_sine`
+            if size > 1:  # else theta is 0 or pi, where the slope is that of the least sine
                 assert abs(found[k, 2] - 64 * value) <= 64 * (amplified + error)
                 assert abs(found[k, 3] - 64 * slope) <= 64 * (abs(slope) + 1) * amplified
-            assert np.isfinite(found[k]).sum() == 7  # all but `most`
+            assert found[k, 8] == (math.copysign(1, cosine) if size == 1 and abs(slope) != 1 else 0)
+            assert np.isfinite(found[k]).sum() == 8  # all but `most`
+        assert results["any_rescaled"] == 0
 
 
 @EVERY_REAL
@@ -136,7 +142,7 @@ def test_start_of_special_rows(dtype: torch.dtype) -> None:
     x, weight = random.standard_normal((12, size)), random.standard_normal((classes, size))
     weight[1] = 0
     weight[2] = 0
-    weight[2, 5] = least / 2
+    weight[2, 5] = least / 2**20  # subnormal
     x[5] = 0
     x[6, 7] = np.nan
     x[7] = x[8] * least  # whose squares are no floats, and of doubles no doubles
@@ -156,7 +162,9 @@ def test_start_of_special_rows(dtype: torch.dtype) -> None:
         assert (results["scaled_x"][1] == 0).all() == drop
         assert np.isnan(found[2:4, 2:4]).all()
         right_angle = 64 * math.cos(math.pi / 2 + 0.5)
-        np.testing.assert_allclose(found[[4, 5, 10], 2], right_angle, rtol=1e-14)
+        np.testing.assert_allclose(found[[4, 5], 2], right_angle, rtol=1e-14)
+        of_one_column = math.acos(x[10, 5] / np.linalg.norm(x[10] / x[10].max()) / x[10].max())
+        np.testing.assert_allclose(found[10, 2], 64 * math.cos(of_one_column + 0.5), rtol=1e-12)
         assert found[5, 1] == 0
         assert (results["scaled_x"][5] == 0).all()
         assert np.isnan(found[[6, 11], 2]).all()
@@ -164,8 +172,9 @@ def test_start_of_special_rows(dtype: torch.dtype) -> None:
         assert ((length >= 0.5) & (length <= 1)).all()
         np.testing.assert_allclose(found[[0, 7, 8, 9, 10], 1] * length, 1, rtol=1e-13)
         # cos = 1: the slope is that of the least sine
-        np.testing.assert_allclose(found[9, 2], 64 * math.cos(0.5), rtol=1e-7)
-        assert 0 < found[9, 3] <= 64 * math.sin(0.6) / math.sqrt(unit(dtype))
+        np.testing.assert_allclose(found[9, 2], 64 * math.cos(0.5), rtol=1e-14)
+        np.testing.assert_allclose(found[9, 3], 64 * math.sin(0.5) / LEAST_SINE, rtol=1e-14)
+        np.testing.assert_array_equal(np.nonzero(found[:, 8])[0], [9])
         assert np.isnan(found[11, 0])
 
 
@@ -202,27 +211,29 @@ def test_inverse_norms(size: int, dtype: torch.dtype) -> None:
     w = random.standard_normal((11, size))
     w[1] = 0
     w[2, -1] = np.nan
-    w[3] = most / math.sqrt(size) / 2
+    w[3] = most / math.sqrt(size) / 3  # whose square is no double
     w[4] = 0
-    w[4, -1] = least if dtype != torch.bfloat16 else 2 * least
+    w[4, -1] = least
     w[5] = 0
-    w[5, -1] = 0 if dtype == torch.float16 else least / 2  # of which the inverse is as large as a float can be
+    w[5, -1] = torch.finfo(dtype).smallest_normal * unit(dtype)  # the least number that there is
     w = round_to(w, dtype)
-    exponent = np.where(np.abs(w).max(1) > 0, np.frexp(np.abs(w).max(1))[1], 0)
-    exponent[2] = 0
-    half = exponent // 2
-    scaled = np.ldexp(np.ldexp(w, -half[:, None]), (half - exponent)[:, None])
-    with np.errstate(divide="ignore"):
-        inverse = np.ldexp(np.ldexp(1 / np.sqrt((scaled**2).sum(1)), -half), half - exponent)
-    inverse[[1, 5]] = 0
-    aligned = None
-    for gap, offset in ((0, 0), (16 - size % 8, 0), (3, 0), (0, 1)):
-        found = run(make("inverse_norms", dtype, **matrix("weight", w, dtype, gap, offset)))["inverse_norms"]
-        assert found.dtype == real_of(dtype)
-        rtol = unit(torch.float32 if dtype != torch.float64 else dtype) + size * unit(torch.float64)
-        np.testing.assert_allclose(found, inverse, rtol=rtol)
-        aligned = found if aligned is None else aligned
-        np.testing.assert_array_equal(found, aligned)  # wherever the rows lie
+    squares = {j: sum((Fraction(v) ** 2 for v in w[j]), Fraction(0)) for j in range(len(w)) if j != 2}
+    most = {torch.float64: 800, torch.float16: 10}.get(dtype, 96)
+    found = run(make("inverse_norms", dtype, **matrix("weight", w, dtype)))
+    exponents, norms = found["exponents"], found["inverse_norms"]
+    assert norms.dtype == real_of(dtype)
+    assert np.isnan(norms[2])
+    rtol = unit(torch.float32 if dtype != torch.float64 else dtype) + size * unit(torch.float64)
+    for j, square in squares.items():
+        # f 2^e with 1/2 <= f < 1
+        e = 0 if square == 0 else (square.numerator.bit_length() - square.denominator.bit_length() + 2) // 2
+        e -= square != 0 and square < Fraction(4) ** (e - 1)
+        assert exponents[j] == (0 if abs(e) <= most else max(e, -1020))
+        of_scaled = square / Fraction(4) ** int(exponents[j])
+        np.testing.assert_allclose(norms[j], 0 if square == 0 else 1 / math.sqrt(of_scaled), rtol=rtol)
+    assert found["any_rescaled"] == (exponents != 0).any()
+    for gap, offset in ((16 - size % 8, 0), (3, 0), (0, 1)):  # wherever the rows lie
+        same_bits(run(make("inverse_norms", dtype, **matrix("weight", w, dtype, gap, offset))), found)
 
 
 # --- forward of a chunk
@@ -582,6 +593,163 @@ def test_project(size: int, dtype: torch.dtype) -> None:
     assert (np.abs(found - powers[:, None] * expected) <= powers[:, None] * atol).all()
 
 
+@pytest.mark.parametrize("dtype", [*REALS, *HALVES])
+def test_project_rescaled_classes(dtype: torch.dtype) -> None:
+    """In terms of w' = w 2^-e, and then by 2^-e, which may take it out of Real, but makes no NaN of it."""
+    real, size = real_of(dtype), 70
+    of_real = torch.float64 if real == np.float64 else torch.float32
+    random = np.random.default_rng(20)
+    largest = math.frexp(torch.finfo(dtype).max)[1] - 2
+    exponents = np.array([0, -largest, largest, -20, 9], np.int32)
+    v = round_to(random.standard_normal((5, size)) / 2**3, dtype)
+    stored = round_to(v * 2.0 ** exponents[:, None].astype(float), dtype)
+    v = stored * 2.0 ** -exponents[:, None].astype(float)
+    g = round_to(random.standard_normal((5, size)) * 2.0**-30, of_real)
+    g[3] = 0
+    inverse = round_to(1 / np.sqrt((v**2).sum(1)), of_real)
+    expected = g - v * (v * g).sum(1, keepdims=True) * inverse[:, None] ** 2
+    case = make(
+        "project", dtype, **matrix("v", stored, dtype, 3), grad=g.astype(real), inverse_norms=inverse.astype(real),
+        exponents=exponents,
+    )  # fmt: skip
+    found = run(case)["out"].astype(np.float64)
+    atol = 4 * unit(of_real) * np.sqrt((g**2).sum(1, keepdims=True))
+    power = 2.0 ** -exponents[:, None].astype(float)
+    most, least = float(torch.finfo(of_real).max), float(torch.finfo(of_real).tiny)
+    fits = np.abs(expected * power) < most / 2
+    assert np.isfinite(found[fits]).all()
+    assert not np.isnan(found).any()
+    assert (np.abs(found - expected * power) <= atol * power + least)[fits].all()
+
+
+# --- what is rare
+
+
+def tangents(x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """u_w - c u_x and u_x - c u_w, in numbers that are long enough for neither to lose a digit of a double."""
+    x, w = x.astype(np.longdouble), w.astype(np.longdouble)
+    u_x, u_w = x / np.sqrt((x**2).sum()), w / np.sqrt((w**2).sum())
+    c = (u_x * u_w).sum()
+    return u_w - c * u_x, u_x - c * u_w
+
+
+@pytest.mark.parametrize("types", TYPES[:5])  # an embedding in bfloat16 is seldom so near to a weight in float32
+@pytest.mark.parametrize("sign", [1, -1])
+def test_aligned_rows(sign: int, types: tuple[torch.dtype, ...]) -> None:
+    """The angle and both gradients, of angles that are too small for a cosine."""
+    size, classes, first = 33, 5, 1
+    real = torch.float64 if types[2] == torch.float64 else torch.float32
+    random = np.random.default_rng(21)
+    weight = round_to(random.standard_normal((classes, size)), types[1])
+    labels = np.array([1, 2, 3, 1, 0, 4])
+    step = max(unit(t) for t in types) / 2
+    x = weight[labels] * (1 + 0.05 * step**0.5 * random.standard_normal((len(labels), size))) * sign
+    x = round_to(x, types[0])
+    margin = Margin(m2=0.5)
+    case = start_case(x, weight, labels, types, margin)
+    found = run(case)
+    scaled, of = values(found["scaled_x"], types[2]), found["rows"]
+    np.testing.assert_array_equal(field(of, "aligned"), sign)
+    own = random.standard_normal(len(labels))
+    part = {
+        **matrix("x", scaled, types[2]), **matrix("weight", weight[first:4], types[1]), "first": first, "rows": of,
+        "own": own,
+    }  # fmt: skip
+    before = np.full((3, size), 0.5)
+    grad_w = run(make("own_gradients_of_weight", real, **part, grad=before.astype(real_of(real))))["grad"]
+    part |= matrix("weight", weight, types[1]) | {"first": 0}
+    zeros = np.zeros(x.shape, real_of(real))
+    grad_x = run(make("own_gradients_of_x", real, **part, grad=zeros))["grad"]
+    expected_w = before.copy()
+    for b, label in enumerate(labels):
+        at_x, at_w = tangents(scaled[b], weight[label])
+        sine = float(np.sqrt((at_x**2).sum()))
+        theta = math.asin(sine) if sign > 0 else math.pi - math.asin(sine)
+        # Unit vectors in double are right to some of its units, their difference to so many of the sine's.
+        error = 8 * unit(torch.float64) / sine
+        np.testing.assert_allclose(of[b, 2], 64 * math.cos(theta + 0.5), rtol=0, atol=64 * 8 * unit(torch.float64))
+        np.testing.assert_allclose(
+            of[b, 3], 64 * math.sin(theta + 0.5) / max(sine, LEAST_SINE), rtol=error + 8 * unit(torch.float64)
+        )
+        of_x = own[b] * at_x * of[b, 0] / np.linalg.norm(scaled[b])
+        np.testing.assert_allclose(
+            grad_x[b], of_x.astype(float), rtol=0, atol=(error + unit(real)) * float(np.abs(of_x).max())
+        )
+        if first <= label < 4:
+            expected_w[label - first] += (own[b] * at_w / np.linalg.norm(weight[label])).astype(float)
+    atol = 4 * unit(real) + 16 * unit(torch.float64) / step**0.5
+    np.testing.assert_allclose(grad_w, expected_w, rtol=0, atol=atol)
+    # Only what is aligned, and whose class is among these.
+    of[:, 8] = 0
+    np.testing.assert_array_equal(run(make("own_gradients_of_x", real, **part, grad=zeros))["grad"], 0)
+
+
+@EVERY_REAL
+def test_backward_of_aligned_rows(dtype: torch.dtype) -> None:
+    """H of the target is 0 and its gradient stands apart; nothing else changes a bit."""
+    batch, classes, scale, first = 6, 2100, 30.0, 7
+    products, norms = random_products(batch, classes, dtype, 22)
+    target = np.array([first, first + 2099, first + 5, first - 1, first + 9, first + 2050])
+    of = rows(batch, inverse_norm=1.25, target=target, logit=3.0, slope=20.0)
+    _, of = forward_reference(products, norms, of, scale, first, None)
+    grad = np.arange(1.0, batch + 1)
+    grad[4] = 0
+    settings = loss_fields(scale, 0.0, None, classes + 20, real_of(dtype))
+    aligned = of.copy()
+    aligned[:, 8] = [1, -1, 0, 1, 1, 1]
+    strides = {"row_stride": classes, "col_stride": 1, "product_dtype": dtype}
+    of_chunk = chunk_fields(batch, classes, scale, first) | simt.shifted("inverse_norms", norms, real_of(dtype))
+    of_chunk |= {"grad_logits": products.astype(real_of(dtype)), **strides}
+    for plain, other in (
+        [run(backward_case(products, norms, r, grad, dtype, dtype, settings, first=first)) for r in (of, aligned)],
+        [run(make("logits_backward", dtype, **of_chunk, rows=r)) for r in (of, aligned)],
+    ):
+        expected = plain["out"].copy()
+        for b in (0, 1, 4, 5):
+            place = int(target[b]) - first
+            of_cosine = expected[b, place] / (1.25 * norms[place])
+            np.testing.assert_allclose(other["own"][b], of_cosine, rtol=4 * unit(dtype))
+            expected[b, place] = 0
+        np.testing.assert_array_equal(other["out"], expected)
+
+
+@pytest.mark.parametrize("types", [(torch.float64,), (torch.float32,), (torch.float16,), (torch.bfloat16,)])
+def test_rescaled_classes(types: tuple[torch.dtype]) -> None:
+    """Their products and their part of the gradient are those of w 2^-e; nothing else changes a bit."""
+    (dtype,) = types
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    batch, classes, size = 9, 70, 40
+    random = np.random.default_rng(23)
+    largest = math.frexp(torch.finfo(dtype).max)[1] - 3
+    exponents = np.zeros(classes, np.int32)
+    exponents[[0, 31, 32, 69]] = [largest, -largest, 11, -largest - 2]
+    x, w = (round_to(random.standard_normal((n, size)) / 8, dtype) for n in (batch, classes))
+    stored = round_to(w * 2.0 ** exponents[:, None].astype(float), dtype)
+    w = stored * 2.0 ** -exponents[:, None].astype(float)
+    chosen = exponents != 0
+    products = round_to(random.standard_normal((batch, classes)), real)
+    case = make(
+        "rescaled_products", dtype, **matrix("x", x, dtype), **matrix("weight", stored, dtype, 3), exponents=exponents,
+        **simt.strided("products", products, real_of(real), 2),
+    )  # fmt: skip
+    found = from_strided(run(case), case, "products", products.shape)
+    np.testing.assert_array_equal(found[:, ~chosen], products[:, ~chosen])
+    np.testing.assert_allclose(found[:, chosen], x @ w[chosen].T, rtol=0, atol=2 * unit(real) * size / 8)
+    h = round_to(random.standard_normal((batch, classes)), dtype)
+    before = round_to(random.standard_normal((batch, size)), real)
+    for add, any_rescaled in itertools.product((True, False), (1, 0)):
+        case = make(
+            "rescaled_gradients", dtype, **matrix("weight", stored, dtype, 3), exponents=exponents, batch=batch,
+            product_dtype=dtype, h=bits(h, dtype), grad_x=before.astype(real_of(real)), add=add,
+            any_rescaled=any_rescaled,
+        )  # fmt: skip
+        results = run(case)
+        expected = before * add + (h[:, chosen] @ w[chosen] if any_rescaled else 0)
+        np.testing.assert_allclose(results["grad_x"], expected, rtol=0, atol=8 * unit(real) * 8)
+        left = np.where(chosen & (any_rescaled == 1), 0, h)
+        np.testing.assert_array_equal(values(results["h"], dtype), left)
+
+
 # --- all together
 
 
@@ -597,25 +765,45 @@ def run_loss(
     kept = {}
     for first in range(0, classes, step):
         w = weight[first : first + step].astype(real)
-        norms = run(make("inverse_norms", dtype, **matrix("weight", w, dtype)))["inverse_norms"]
+        lengths = run(make("inverse_norms", dtype, **matrix("weight", w, dtype)))
+        norms, exponents = lengths["inverse_norms"], lengths["exponents"]
+        with np.errstate(all="ignore"):  # of rescaled classes, whose products come next
+            products = scaled @ w.T
+        case = make(
+            "rescaled_products", dtype, **matrix("x", scaled, dtype), **matrix("weight", w, dtype), exponents=exponents,
+            **simt.strided("products", np.nan_to_num(products), real),
+        )  # fmt: skip
+        products = from_strided(run(case), case, "products", products.shape)
         case = forward_case(
-            scaled @ w.T, norms, of, dtype, scale, first, smoothing=e != 0, keep_cosines=store,
+            products, norms, of, dtype, scale, first, smoothing=e != 0, keep_cosines=store,
             class_weight=None if u is None else u[first : first + step].astype(real),
         )  # fmt: skip
         results = run(case)
         of = results["rows"]
-        kept[first] = (from_strided(results, case, "products", (len(x), len(w))), norms)
+        kept[first] = (from_strided(results, case, "products", (len(x), len(w))), norms, exponents)
     loss = run(make("loss", dtype, batch=len(x), rows=of, **settings))["loss"]
-    raw_x = np.zeros(x.shape, real)
+    any_rescaled = any((exponents != 0).any() for _, _, exponents in kept.values())
+    raw_x, own = np.zeros(x.shape, real), np.zeros(len(x))
     grad_weight = []
-    for first, (products, norms) in kept.items():
+    for first, (products, norms, exponents) in kept.items():
         w = weight[first : first + step].astype(real)
-        h = run(backward_case(products, norms, of, grad, dtype, dtype, settings, first=first, are_cosines=store))["out"]
-        raw_x += h @ w
-        raw = make("project", dtype, **matrix("v", w, dtype), grad=h.T @ scaled, inverse_norms=norms, in_place=True)
-        grad_weight.append(run(raw)["grad"])
+        results = run(backward_case(products, norms, of, grad, dtype, dtype, settings, first=first, are_cosines=store))
+        h, own = results["out"], results["own"]
+        raw = make(
+            "project", dtype, **matrix("v", w, dtype), grad=h.T @ scaled, inverse_norms=norms, exponents=exponents,
+            in_place=True,
+        )  # fmt: skip
+        pairs = {**matrix("x", scaled, dtype), **matrix("weight", w, dtype), "first": first, "rows": of, "own": own}
+        grad_weight.append(run(make("own_gradients_of_weight", dtype, **pairs, grad=run(raw)["grad"]))["grad"])
+        case = make(
+            "rescaled_gradients", dtype, **matrix("weight", w, dtype), exponents=exponents, batch=len(x),
+            product_dtype=dtype, h=h, grad_x=raw_x, add=first > 0, any_rescaled=any_rescaled,
+        )  # fmt: skip
+        results = run(case)
+        raw_x = results["grad_x"] + results["h"] @ w
     grad_x = run(make("project", dtype, **matrix("v", scaled, dtype), grad=raw_x, rows=of))["out"]
-    return loss, grad_x, np.concatenate(grad_weight)
+    pairs |= matrix("weight", weight, dtype) | {"first": 0}
+    return loss, run(make("own_gradients_of_x", dtype, **pairs, grad=grad_x))["grad"], np.concatenate(grad_weight)
 
 
 @EVERY_REAL
@@ -654,6 +842,39 @@ def test_loss_and_gradients_against_autograd(margin: Margin, e: float, dtype: to
             np.testing.assert_allclose(found[1], before[1], atol=error)
 
 
+@EVERY_REAL
+@pytest.mark.parametrize("store", [True, False])
+def test_rare_rows_against_the_cpu(store: bool, dtype: torch.dtype) -> None:
+    """Long and short classes and embeddings, and rows that are aligned with their target, two of them with one."""
+    batch, classes, size, scale = 9, 90, 24, 4.0
+    random = np.random.default_rng(30)
+    weight = random.integers(-3, 4, (classes, size)).astype(float)  # which keep their digits, however short
+    x = random.standard_normal((batch, size))
+    labels = random.integers(0, classes, batch)
+    labels[2] = labels[0]
+    x[[0, 1, 2]] = weight[labels[[0, 1, 2]]] * (1 + 1e-5 * random.standard_normal((3, size)))
+    least = math.frexp(torch.finfo(dtype).smallest_normal * unit(dtype))[1] - 1
+    powers = np.array([0, 0, least, 0, math.frexp(torch.finfo(dtype).max)[1] - 3, 120, -120])
+    weight = np.ldexp(weight, powers[np.arange(classes) % 7][:, None])
+    x = np.ldexp(x, np.array([0, 40, 0, -100, 100, 0, 0, 0, 0])[:, None])
+    x, weight = round_to(x, dtype), round_to(weight, dtype)
+    grad = round_to(random.standard_normal(batch), dtype)
+    tx, tw = (torch.from_numpy(a).to(dtype).requires_grad_() for a in (x, weight))
+    expected = otface_cuda.margin_softmax_loss(
+        tx, tw, torch.from_numpy(labels), margin=otface_cuda.ArcFace(0.5), scale=scale, reduction="none"
+    )
+    gradients = torch.autograd.grad(expected, (tx, tw), torch.from_numpy(grad).to(dtype))
+    found = run_loss(x, weight, labels, Margin(m2=0.5, beyond_pi=1), dtype, None, 0.0, grad, scale, 37, store)
+    error = unit(dtype) * scale * (size + 10)
+    for ours, theirs in zip(found, (expected.detach(), *gradients), strict=True):
+        theirs = theirs.double().numpy()
+        assert not np.isnan(ours).any()
+        rows_of_both = (v.reshape(len(v), -1).astype(np.float64) for v in (ours, theirs))
+        for one, other in zip(*rows_of_both, strict=True):
+            if np.isfinite(other).all():
+                np.testing.assert_allclose(one, other, rtol=0, atol=2 * error * np.abs(other).max() + 1e-44)
+
+
 # --- what does not depend on the order of threads, and the sanitizers
 
 
@@ -686,6 +907,24 @@ def all_steps(seed: int = 0) -> list[Arrays]:
             made.append(
                 make("project", dtype, **matrix("v", x, out), grad=x.astype(real), inverse_norms=x[:, 0].astype(real))
             )
+            exponents = np.where(np.arange(classes) % 50 == 3, 3, 0).astype(np.int32)
+            made.append(
+                make("project", dtype, **matrix("v", weight, out), grad=weight.astype(real),
+                     inverse_norms=norms.astype(real), exponents=exponents)
+            )  # fmt: skip
+            made.append(
+                make("rescaled_products", dtype, **matrix("x", x, out), **matrix("weight", weight, out),
+                     exponents=exponents, **simt.strided("products", products, real))
+            )  # fmt: skip
+            for add in (False, True):
+                made.append(
+                    make("rescaled_gradients", dtype, **matrix("weight", weight, out), exponents=exponents, batch=batch,
+                         product_dtype=out, h=bits(products, out), grad_x=x.astype(real), add=add)
+                )  # fmt: skip
+            aligned = rows(batch, target=np.array([5, 6] * 5), aligned=np.array([1, -1, 1, 1, 0] * 2))
+            own = {**matrix("x", x, out), **matrix("weight", weight, out), "rows": aligned, "own": u[:batch].copy()}
+            made.append(make("own_gradients_of_x", dtype, **own, grad=x.astype(real)))
+            made.append(make("own_gradients_of_weight", dtype, **own, grad=weight.astype(real)))
             made.append(backward_case(products, norms, after, u[:batch], dtype, out, settings))
             strides = {"row_stride": classes, "col_stride": 1}
             grad = products.astype(real)

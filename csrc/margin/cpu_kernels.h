@@ -4,6 +4,7 @@
 
 #include "margin/cpu_logits.h"
 #include "margin/cpu_project.h"
+#include "margin/cpu_rare.h"
 #include "margin/cpu_softmax.h"
 #include "margin/cpu_start.h"
 #include "margin/launch.h"
@@ -14,12 +15,18 @@ namespace otface::margin {
 const CpuKernels OTFACE_CPU_TABLE = {
     [](const StartParams& p, const Executor& e) { OTFACE_FOR_REAL(start, p.is_double); },
     [](const NormsParams& p, const Executor& e) { OTFACE_FOR_REAL(inverse_norms, p.is_double); },
+    [](const RescaledProductsParams& p, const Executor& e) { OTFACE_FOR_REAL(rescaled_products, p.is_double); },
     [](const ForwardChunkParams& p, const Executor& e) { OTFACE_FOR_REAL(forward_chunk, p.chunk.is_double); },
     [](const LossParams& p, const Executor& e) { OTFACE_FOR_REAL(loss, p.is_double); },
     [](const BackwardChunkParams& p, const Executor& e) { OTFACE_FOR_REAL(backward_chunk, p.chunk.is_double); },
     [](const LogitsParams& p, const Executor& e) { OTFACE_FOR_REAL(logits, p.chunk.is_double); },
     [](const LogitsBackwardParams& p, const Executor& e) { OTFACE_FOR_REAL(logits_backward, p.chunk.is_double); },
+    [](const RescaledGradientsParams& p, const Executor& e) {
+      return OTFACE_FOR_REAL(rescaled_gradients, p.is_double);
+    },
     [](const ProjectParams& p, const Executor& e) { OTFACE_FOR_REAL(project, p.is_double); },
+    [](const OwnGradientsParams& p, const Executor& e) { OTFACE_FOR_REAL(own_gradients_of_x, p.is_double); },
+    [](const OwnGradientsParams& p, const Executor& e) { OTFACE_FOR_REAL(own_gradients_of_weight, p.is_double); },
 };
 #undef OTFACE_FOR_REAL
 

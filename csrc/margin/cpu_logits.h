@@ -44,9 +44,14 @@ void logits_backward(const LogitsBackwardParams& p, const Executor& executor) {
       else
         for (int64_t j = 0; j < chunk.classes; ++j) out[j] = grad[j * p.col_stride] * inverse_norms[j] * factor;
       const int64_t target = place_of_target(chunk, row);
-      if (target >= 0)
-        out[target] = static_cast<T>(static_cast<double>(grad[target * p.col_stride]) * row.slope * row.inverse_norm *
-                                     static_cast<double>(inverse_norms[target]));
+      if (target < 0) continue;
+      const double of_cosine = static_cast<double>(grad[target * p.col_stride]) * row.slope;
+      if (row.aligned != 0) {
+        p.own[b] = of_cosine;
+        out[target] = 0;
+      } else {
+        out[target] = static_cast<T>(of_cosine * row.inverse_norm * static_cast<double>(inverse_norms[target]));
+      }
     }
   });
 }

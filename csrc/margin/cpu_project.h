@@ -4,6 +4,9 @@
 // A row is read from memory once (the second time it is in the first-level cache) and written once.
 #pragma once
 
+#include <cmath>
+#include <limits>
+
 #include "common/cpu_run.h"
 #include "common/vec.h"
 #include "margin/row.h"
@@ -26,6 +29,17 @@ OTFACE_INLINE T dot(const T* a, const T* b, int64_t size) {
   return result;
 }
 
+// Of v times a power of two, and by a factor, that T may not hold.
+template <class T>
+void project_in_double(const T* v, const T* g, T* out, int64_t size, double inverse_norm, double of_v, double factor) {
+  double share = 0;
+  for (int64_t i = 0; i < size; ++i)
+    share += static_cast<double>(v[i]) * of_v * inverse_norm * static_cast<double>(g[i]);
+  for (int64_t i = 0; i < size; ++i)
+    out[i] =
+        static_cast<T>((static_cast<double>(g[i]) - static_cast<double>(v[i]) * of_v * inverse_norm * share) * factor);
+}
+
 template <class T>
 void project(const ProjectParams& p, const Executor& executor) {
   using V = Vec<T>;
@@ -37,10 +51,15 @@ void project(const ProjectParams& p, const Executor& executor) {
       T* out = static_cast<T*>(p.out) + r * p.size;
       const T inverse_norm =
           p.rows == nullptr ? static_cast<const T*>(p.inverse_norms)[r] : static_cast<T>(p.rows[r].inverse_norm);
+      const int exponent = p.exponents == nullptr ? 0 : p.exponents[r];
+      const double power = p.rows == nullptr ? std::ldexp(1.0, -exponent) : p.rows[r].power;
+      const T factor = static_cast<T>(power);
+      if (exponent != 0 || factor == std::numeric_limits<T>::infinity()) {
+        project_in_double(v, g, out, p.size, static_cast<double>(inverse_norm), std::ldexp(1.0, -exponent), power);
+        continue;
+      }
       // v^ and <v^, g> one by one: |v|^2 may leave the range of T.
       const T share = dot(v, g, p.size) * inverse_norm;
-      const double power = p.rows == nullptr ? 1 : p.rows[r].power;
-      const T factor = static_cast<T>(power);
       int64_t i = 0;
       for (; i + W <= p.size; i += W) store(out + i, (load<V>(g + i) - load<V>(v + i) * inverse_norm * share) * factor);
       for (; i < p.size; ++i) out[i] = (g[i] - v[i] * inverse_norm * share) * factor;

@@ -128,6 +128,7 @@ void backward_chunk(const BackwardChunkParams& p, const Executor& executor) {
       T* out = static_cast<T*>(p.out) + b * chunk.classes;
       if (row.target == ignored || grad_loss == 0) {
         for (int64_t j = 0; j < chunk.classes; ++j) out[j] = 0;
+        p.own[b] = 0;
         continue;
       }
       const RowGradient g = gradient_of(row, p.settings, chunk.is_double, grad_loss);
@@ -152,8 +153,13 @@ void backward_chunk(const BackwardChunkParams& p, const Executor& executor) {
           out[j] -= uniform * inverse_norms[j] * (class_weight == nullptr ? T(1) : class_weight[chunk.first + j]);
       }
       const int64_t target = place_of_target(chunk, row);
-      if (target >= 0)
+      if (target < 0) continue;
+      if (row.aligned != 0) {
+        p.own[b] = g.target;
+        out[target] = 0;
+      } else {
         out[target] = static_cast<T>(g.target * row.inverse_norm * static_cast<double>(inverse_norms[target]));
+      }
     }
   });
 }

@@ -22,72 +22,95 @@ inline double element(const void* data, DType dtype, int64_t i) {
   return 0;
 }
 
-inline double power_of_two(int exponent) { return std::ldexp(1.0, exponent); }
-
-// |v|, also where the squares of doubles leave the range.
+// Where the squares of doubles leave the range, they are taken relative to the largest element.
 template <class Get>
-double length_of(int64_t size, const Get& get) {
+Length length_of(int64_t size, const Get& get) {
   double sum = 0;
   for (int64_t i = 0; i < size; ++i) sum += get(i) * get(i);
-  if (sum > 1e-280 && sum < 1e280) return std::sqrt(sum);
+  if (sum > 1e-280 && sum < 1e280) return {std::sqrt(sum), 0};
   double most = 0;
   for (int64_t i = 0; i < size; ++i) most = std::fabs(get(i)) > most ? std::fabs(get(i)) : most;
-  if (!(sum == sum) || most == std::numeric_limits<double>::infinity()) return sum;
-  if (most == 0) return 0;
-  const double half = power_of_two(-std::ilogb(most) / 2);  // twice, since 2^-ilogb itself may be out of range
+  if (!(sum == sum) || most == std::numeric_limits<double>::infinity()) return {sum, 0};
+  if (most == 0) return {0, 0};
+  int exponent = std::ilogb(most);
+  exponent = exponent < -1020 ? -1020 : exponent;  // so that 2^-exponent is a double
+  const double scale = std::ldexp(1.0, -exponent);
   sum = 0;
-  for (int64_t i = 0; i < size; ++i) sum += (get(i) * half * half) * (get(i) * half * half);
-  return std::sqrt(sum) / half / half;
+  for (int64_t i = 0; i < size; ++i) sum += (get(i) * scale) * (get(i) * scale);
+  return {std::sqrt(sum), exponent};
 }
 
-// An inverse would leave the range: the row counts as zero.
+// A row of x as x' = x 2^-e, with a length in [1/2, 1) where 2^-e is a double.
+template <class T, class Get>
+OTFACE_INLINE void scale_row(int64_t size, const Get& x, T* scaled, Row& row) {
+  const Length length = length_of(size, x);
+  int exponent = 0;
+  if (length.root > 0 && length.root < std::numeric_limits<double>::infinity()) {
+    std::frexp(length.root, &exponent);
+    exponent += length.exponent;
+    exponent = exponent < -1022 ? -1022 : exponent;
+  }
+  row.power = std::ldexp(1.0, -exponent);
+  row.inverse_norm = inverse_of(length, exponent);
+  for (int64_t i = 0; i < size; ++i) scaled[i] = static_cast<T>(x(i) * row.power);
+}
+
+// |u_x - u_w|, or |u_x + u_w| if the sign is -1, of unit vectors.
+template <class T, class Get>
+double chord_of(int64_t size, const T* scaled, double inverse_norm, const Get& w, double sign) {
+  double sum = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const double difference = static_cast<double>(scaled[i]) * inverse_norm - sign * w(i);
+    sum += difference * difference;
+  }
+  return std::sqrt(sum);
+}
+
+// The logit of the target, and its slope: in double, the products of a row are few.
 template <class T>
-bool is_zero(double length) {
-  return length < static_cast<double>(std::numeric_limits<T>::min());
+void set_target(const StartParams& p, int64_t label, const T* scaled, Row& row) {
+  const int64_t size = p.x.cols, w_row = label * p.weight.row_stride;
+  const auto w = [&](int64_t i) { return element(p.weight.data, p.weight.dtype, w_row + i); };
+  const Length length = length_of(size, w);
+  const double shrink = std::ldexp(1.0, -length.exponent);
+  double product = 0;
+  for (int64_t i = 0; i < size; ++i) product += static_cast<double>(scaled[i]) * ((w(i) * shrink) / length.root);
+  const double cosine = length.root == 0 ? 0 : product * row.inverse_norm;
+  const bool is_near = 1 - std::fabs(cosine) < least_distance_from_one(p.product_dtype);
+  const double sign = cosine > 0 ? 1 : -1;
+  const auto unit = [&](int64_t i) { return (w(i) * shrink) / length.root; };
+  const Margined target =
+      apply_margin(p.margin, is_near ? angle_of_chord(cosine, chord_of(size, scaled, row.inverse_norm, unit, sign))
+                                     : angle_of_cosine(cosine));
+  row.target = static_cast<double>(label);
+  row.logit = p.scale * target.value;
+  row.slope = p.scale * target.slope;
+  row.aligned = is_near && target.is_steep ? sign : 0;
 }
 
-// x' = x 2^-e with a length in [1/2, 1), and the cosine of the target, all in double: the products of a row are few.
 template <class T>
 void start(const StartParams& p, const Executor& executor) {
   const int64_t size = p.x.cols;
-  const double least_sine = std::sqrt(static_cast<double>(std::numeric_limits<T>::epsilon()));
+  *p.any_rescaled = 0;
   run_stretches(executor, p.x.rows, 4, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t x_row = b * p.x.row_stride, label = p.labels[b];
       T* scaled = static_cast<T*>(p.scaled_x) + b * size;
       const bool is_ignored = label == p.ignore_index, in_range = label >= 0 && label < p.weight.rows;
-      const auto x = [&](int64_t i) { return element(p.x.data, p.x.dtype, x_row + i); };
-      const double length = is_ignored && p.drop_ignored ? 0 : length_of(size, x);
-      int exponent = 0;
-      if (length > 0 && length < std::numeric_limits<double>::infinity()) std::frexp(length, &exponent);
-      const int half = exponent / 2;  // 2^-e itself may be out of range
-      const double first = power_of_two(-half), second = power_of_two(half - exponent);
       Row row{};
-      row.power = first * second;
-      row.inverse_norm = length == 0 ? 0 : 1 / ((length * first) * second);
+      row.most = -std::numeric_limits<double>::infinity();
       if (is_ignored && p.drop_ignored) {
-        row.power = 0;
         for (int64_t i = 0; i < size; ++i) scaled[i] = 0;
       } else {
-        for (int64_t i = 0; i < size; ++i) scaled[i] = static_cast<T>((x(i) * first) * second);
+        scale_row(size, [&](int64_t i) { return element(p.x.data, p.x.dtype, x_row + i); }, scaled, row);
       }
-      row.most = -std::numeric_limits<double>::infinity();
       if (is_ignored) {
         row.target = ignored;
       } else if (!in_range) {
         row.target = out_of_range;
         row.logit = row.slope = std::numeric_limits<double>::quiet_NaN();
       } else {
-        const int64_t w_row = label * p.weight.row_stride;
-        const auto w = [&](int64_t i) { return element(p.weight.data, p.weight.dtype, w_row + i); };
-        const double w_length = length_of(size, w);
-        double product = 0;
-        for (int64_t i = 0; i < size; ++i) product += static_cast<double>(scaled[i]) * (w(i) / w_length);
-        const Margined target =
-            apply_margin(p.margin, is_zero<T>(w_length) ? 0 : product * row.inverse_norm, least_sine);
-        row.target = static_cast<double>(label);
-        row.logit = p.scale * target.value;
-        row.slope = p.scale * target.slope;
+        set_target(p, label, scaled, row);
       }
       p.rows[b] = row;
     }
@@ -123,10 +146,12 @@ void inverse_norms(const NormsParams& p, const Executor& executor) {
     for (int64_t j = begin; j < end; ++j) {
       const T* w = static_cast<const T*>(p.weight.data) + j * p.weight.row_stride;
       const double sum = sum_of_squares(w, size);
-      double length = std::sqrt(sum);
+      Length length{std::sqrt(sum), 0};
       if (!(sum > 1e-280 && sum < 1e280))
         length = length_of(size, [&](int64_t i) { return static_cast<double>(w[i]); });
-      out[j] = is_zero<T>(length) ? T(0) : static_cast<T>(1 / length);
+      p.exponents[j] = rescaling_exponent(length, p.weight.dtype);
+      if (p.exponents[j] != 0) __atomic_store_n(p.any_rescaled, 1, __ATOMIC_RELAXED);
+      out[j] = static_cast<T>(inverse_of(length, p.exponents[j]));
     }
   });
 }

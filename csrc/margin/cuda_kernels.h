@@ -14,6 +14,16 @@ const char* launch_inverse_norms(const NormsParams& params, simt::Stream stream)
 template <class T>
 const char* launch_project(const ProjectParams& params, simt::Stream stream);
 
+// rare_float.cu, rare_double.cu
+template <class T>
+const char* launch_rescaled_products(const RescaledProductsParams& params, simt::Stream stream);
+template <class T>
+const char* launch_rescaled_gradients(const RescaledGradientsParams& params, simt::Stream stream);
+template <class T>
+const char* launch_own_gradients_of_x(const OwnGradientsParams& params, simt::Stream stream);
+template <class T>
+const char* launch_own_gradients_of_weight(const OwnGradientsParams& params, simt::Stream stream);
+
 // softmax_float.cu, softmax_double.cu
 template <class T>
 size_t workspace_of_forward_chunk(const ForwardChunkParams& params);

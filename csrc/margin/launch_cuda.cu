@@ -43,4 +43,24 @@ const char* project_cuda(const ProjectParams& params, simt::Stream stream) {
   return params.is_double ? launch_project<double>(params, stream) : launch_project<float>(params, stream);
 }
 
+const char* rescaled_products_cuda(const RescaledProductsParams& params, simt::Stream stream) {
+  return params.is_double ? launch_rescaled_products<double>(params, stream)
+                          : launch_rescaled_products<float>(params, stream);
+}
+
+const char* rescaled_gradients_cuda(const RescaledGradientsParams& params, simt::Stream stream) {
+  return params.is_double ? launch_rescaled_gradients<double>(params, stream)
+                          : launch_rescaled_gradients<float>(params, stream);
+}
+
+const char* own_gradients_of_x_cuda(const OwnGradientsParams& params, simt::Stream stream) {
+  return params.is_double ? launch_own_gradients_of_x<double>(params, stream)
+                          : launch_own_gradients_of_x<float>(params, stream);
+}
+
+const char* own_gradients_of_weight_cuda(const OwnGradientsParams& params, simt::Stream stream) {
+  return params.is_double ? launch_own_gradients_of_weight<double>(params, stream)
+                          : launch_own_gradients_of_weight<float>(params, stream);
+}
+
 }  // namespace otface::margin

@@ -24,4 +24,9 @@ const char* logits_cuda(const LogitsParams& params, simt::Stream stream);
 const char* logits_backward_cuda(const LogitsBackwardParams& params, simt::Stream stream);
 const char* project_cuda(const ProjectParams& params, simt::Stream stream);
 
+const char* rescaled_products_cuda(const RescaledProductsParams& params, simt::Stream stream);
+const char* rescaled_gradients_cuda(const RescaledGradientsParams& params, simt::Stream stream);
+const char* own_gradients_of_x_cuda(const OwnGradientsParams& params, simt::Stream stream);
+const char* own_gradients_of_weight_cuda(const OwnGradientsParams& params, simt::Stream stream);
+
 }  // namespace otface::margin

@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
   const Part part = Part::of(chunk);
   const Row& row = p.rows[part.index];
   const T slope = static_cast<T>(row.target == -2 ? kNaN : chunk.scale * row.inverse_norm);
-  const T slope_of_target = static_cast<T>(row.slope * row.inverse_norm);
+  const T slope_of_target = row.aligned != 0 ? T(0) : static_cast<T>(row.slope * row.inverse_norm);
   const T* grad = static_cast<const T*>(p.grad_logits) + part.index * p.row_stride;
   auto* out = static_cast<Stored*>(p.out) + part.index * chunk.classes;
   for (int64_t begin = part.begin; begin < part.end; begin += S::columns) {
@@ -90,6 +90,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
       x.load_one_by_one(Real(), grad + begin * p.col_stride, p.col_stride, count, 0);
     }
     norms.load(Real(), static_cast<const T*>(chunk.inverse_norms) + begin, count, 0);
+    if (row.aligned != 0 && target >= 0 && target < S::columns && lane_index() == 0)
+      p.own[part.index] = static_cast<double>(grad[(begin + target) * p.col_stride]) * row.slope;
 #pragma unroll
     for (int q = 0; q < S::groups; ++q) {
 #pragma unroll

@@ -14,6 +14,12 @@
 // The gradient of a row v of x or w through its length is a projection: where g is the gradient from the raw products,
 // dv = g - v <v, g> / |v|^2. So neither product is done again for it.
 //
+// Two kinds of rows are too much for the products, are rare, and have kernels of their own (cpu_rare.h, rare.cuh):
+//   - a class whose weight is so long or short that products or their gradients would leave the range of Real is rescaled:
+//     it counts as w'_j = w_j 2^-exponent_j, with a length in [1/2, 1). For all others exponent_j is 0;
+//   - a row that is aligned with its target: the gradient of the angle is lost in the projection. It is taken from the
+//     difference of the two unit vectors instead.
+//
 // "Real" is the type of the arithmetic and of the results: double for double inputs, else float. Strides count elements.
 #pragma once
 
@@ -38,7 +44,7 @@ struct Margin {
   bool straight_through;  // the slope counts as 1
 };
 
-// What is known of a row of x. The operators hand it on as a float64 tensor [B, 8].
+// What is known of a row of x. The operators hand it on as a float64 tensor [B, 9].
 struct Row {
   double power;         // x' = x * power, exactly, has a length in [1/2, 1); 0 for a row that takes no part
   double inverse_norm;  // of x'; 0 for a zero row
@@ -48,6 +54,7 @@ struct Row {
   double sum;           // the sum of exp(scale (cos - most)) over them
   double weighted;      // the sum of u_j logit_j over them, where labels are smoothed
   double target;        // the class; -1 for a row to be ignored, -2 where the label is out of range
+  double aligned;       // 1 near theta = 0 of the target, -1 near pi, where the slope is that of the angle; else 0
 };
 
 // Labels to rows: x' and what concerns the target. Ignored rows get x' = 0 if `drop_ignored`.
@@ -60,16 +67,29 @@ struct StartParams {
   bool drop_ignored;
   Margin margin;
   double scale;
-  DType product_dtype;  // of the matrix products; on the CPU always Real
-  void* scaled_x;       // [B, d] product_dtype, contiguous: x'
-  Row* rows;            // [B]
+  DType product_dtype;    // of the matrix products; on the CPU always Real
+  void* scaled_x;         // [B, d] product_dtype, contiguous: x'
+  Row* rows;              // [B]
+  int32_t* any_rescaled;  // [1], set to 0 if there are rows
 };
 
-// 1 / |w_j|; 0 for a zero row, and for one shorter than Real's least normal number, whose inverse could overflow.
+// 1 / |w'_j|, 0 for a zero row; and the exponents.
 struct NormsParams {
   bool is_double;
-  Matrix weight;        // [n, d], a chunk
-  void* inverse_norms;  // [n] Real
+  Matrix weight;          // [n, d], a chunk in the dtype of the products
+  void* inverse_norms;    // [n] Real
+  int32_t* exponents;     // [n]
+  int32_t* any_rescaled;  // [1], set to 1 where an exponent is not 0
+};
+
+// The products <x'_b, w'_j> of rescaled classes, in place of what the matrix product gave.
+struct RescaledProductsParams {
+  bool is_double;
+  Matrix x;                  // [B, d]: x'
+  Matrix weight;             // [n, d], a chunk
+  const int32_t* exponents;  // [n]
+  void* products;            // [B, n] Real, rows `row_stride` apart
+  int64_t row_stride;
 };
 
 // Where the raw products of a chunk lie, and which classes these are.
@@ -119,7 +139,8 @@ struct BackwardChunkParams {
   const void* grad_loss;  // [B] Real
   const Row* rows;        // [B]
   DType product_dtype;
-  void* out;  // [B, n] product_dtype, contiguous; may be `products` where that is the same
+  void* out;    // [B, n] product_dtype, contiguous; may be `products` where that is the same
+  double* own;  // [B]: dL/dcos of the target, where it is in the chunk and the row aligned; H is 0 there
 };
 
 // Raw products of a chunk to logits, in place.
@@ -137,7 +158,22 @@ struct LogitsBackwardParams {
   int64_t row_stride, col_stride;
   const Row* rows;  // [B]
   DType product_dtype;
-  void* out;  // [B, n] product_dtype, contiguous
+  void* out;    // [B, n] product_dtype, contiguous
+  double* own;  // [B], as above
+};
+
+// The part of rescaled classes in the gradient of x': grad_b = sum_j H_bj w'_j, or grad_b + that; then H_bj = 0, so that
+// the matrix product, which knows w_j only, leaves them out.
+struct RescaledGradientsParams {
+  bool is_double;
+  Matrix weight;                // [n, d], a chunk
+  const int32_t* exponents;     // [n]
+  const int32_t* any_rescaled;  // [1]
+  int64_t batch;
+  DType product_dtype;
+  void* h;       // [B, n] product_dtype, contiguous
+  bool add;      // to what is in grad_x
+  void* grad_x;  // [B, d] Real, contiguous
 };
 
 // out_i = factor_i (g_i - v_i <v_i, g_i> inverse_norm_i^2). `grad` and `out` may be the same.
@@ -147,8 +183,22 @@ struct ProjectParams {
   const void* grad;           // [count, size] Real, contiguous
   Matrix v;                   // [count, size]
   const void* inverse_norms;  // [count] Real: v is a chunk of w; or null: v is x'
+  const int32_t* exponents;   // [count] of w: v counts as v 2^-exponent, which is the factor too; or null
   const Row* rows;            // [count] or null: of x', whose power is the factor
   void* out;                  // [count, size] Real, contiguous
+};
+
+// What aligned rows and their targets add to each other's gradients, with u = v / |v|, c = cos(theta), g = dL/dc:
+//
+//   grad x_b += g (u_w - c u_x) / |x_b|,   grad w_y += g (u_x - c u_w) / |w_y|
+struct OwnGradientsParams {
+  bool is_double;
+  Matrix x;           // [B, d]: x'
+  Matrix weight;      // [n, d]: all classes, or a chunk
+  int64_t first;      // its first class
+  const Row* rows;    // [B]
+  const double* own;  // [B]: g
+  void* grad;         // Real, contiguous: of x [B, d], or of w [n, d]
 };
 
 }  // namespace otface::margin

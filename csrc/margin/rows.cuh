@@ -2,88 +2,26 @@
 #pragma once
 
 #include "margin/cuda_kernels.h"
-#include "margin/formula.h"
-#include "margin/stripe.cuh"
+#include "margin/element.cuh"
 
 namespace otface::margin {
-
-// An element of any type; the rows of x are too few for a kernel for each pair of types to pay.
-__device__ __forceinline__ double load_element(const Matrix& m, int64_t row, int64_t j) {
-  const int64_t offset = row * m.row_stride + j;
-  switch (m.dtype) {
-    case DType::float32: return static_cast<const float*>(m.data)[offset];
-    case DType::float64: return static_cast<const double*>(m.data)[offset];
-    case DType::float16: return simt::half_to_float(static_cast<const uint16_t*>(m.data)[offset]);
-    default: return simt::bfloat_to_float(static_cast<const uint16_t*>(m.data)[offset]);
-  }
-}
-// Returns what was stored.
-__device__ __forceinline__ double store_element(void* data, DType dtype, int64_t offset, double x) {
-  if (dtype == DType::float64) return static_cast<double*>(data)[offset] = x;
-  const float single = static_cast<float>(x);
-  if (dtype == DType::float32) return static_cast<float*>(data)[offset] = single;
-  uint16_t& to = static_cast<uint16_t*>(data)[offset];
-  to = dtype == DType::float16 ? simt::float_to_half(single) : simt::float_to_bfloat(single);
-  return dtype == DType::float16 ? simt::half_to_float(to) : simt::bfloat_to_float(to);
-}
-
-// root * 2^exponent
-struct Length {
-  double root;
-  int exponent;
-};
-
-// From the sum of squares, all lanes together. Of floats it cannot leave double's range; where that of doubles may
-// have, they are read once more, scaled by their largest. read(j): element j.
-template <class T, class Read>
-__device__ __forceinline__ Length length_of(double sum_of_squares, int64_t size, Read read) {
-  if constexpr (sizeof(T) == 8) {
-    if (!(sum_of_squares > 0x1p-900 && sum_of_squares < 0x1p900)) {
-      double largest = 0;
-      for (int64_t j = lane_index(); j < size; j += 32) {
-        const double x = std::fabs(read(j));
-        largest = x > largest ? x : largest;
-      }
-      largest = warp_most(largest);
-      if (largest > 0 && largest < kInfinity) {
-        int exponent;
-        std::frexp(largest, &exponent);
-        exponent = exponent < -1020 ? -1020 : exponent;  // so that 2^-exponent is a number
-        const double scale = std::ldexp(1.0, -exponent);
-        double sum = 0;
-        for (int64_t j = lane_index(); j < size; j += 32) sum += (read(j) * scale) * (read(j) * scale);
-        return {std::sqrt(warp_sum(sum)), exponent};
-      }
-    }
-  }
-  return {std::sqrt(sum_of_squares), 0};
-}
-template <class T, class Read>
-__device__ __forceinline__ Length length_of(int64_t size, Read read) {
-  double sum = 0;
-  for (int64_t j = lane_index(); j < size; j += 32) sum += read(j) * read(j);
-  return length_of<T>(warp_sum(sum), size, read);
-}
-
-// 1 / length, or 0 for a row that counts as zero. NaN stays, and an infinite length gives 0, which spoils the products
-// of that row: they are infinite or NaN.
-template <class T>
-__device__ __forceinline__ double inverse_of(const Length& length) {
-  if (std::ldexp(length.root, length.exponent) < RealType<T>::least_normal) return 0;
-  return std::ldexp(1 / length.root, -length.exponent);
-}
 
 // x' = x 2^-e with |x| = f 2^e and 1/2 <= f < 1;  cos = <x', w_y> / (|x'| |w_y|);  logit = s margin(cos).
 //
 // A warp per row; no shared memory. The lanes go over the columns one by one, three times: |x|; x', |x'| and <x', w_y>;
-// |w_y|. The first time, x comes from memory, later from the cache: B d (elements of x, w and x') bytes are moved.
-// All sums are in double: the sum of a product of two floats is then right to the last bit of a float, so that the
-// target's cosine has no error that its margin's slope could magnify but that of x' and w themselves.
+// |w_y|; and once more where x and w_y are aligned. The first time, x comes from memory, later from the cache: B d
+// (elements of x, w and x') bytes are moved. All sums are in double: the sum of a product of two floats is then right to
+// the last bit of a float, so that the target's cosine has no error that its margin's slope could magnify but that of x'
+// and w themselves.
+__device__ __forceinline__ Matrix scaled_x_of(const StartParams& p) {
+  return {p.scaled_x, p.product_dtype, p.x.rows, p.x.cols, p.x.cols};
+}
 template <class T>
 __global__ void __launch_bounds__(kThreads) start_rows(const __grid_constant__ StartParams p) {
   const int64_t index = simt::block_index() * kRowsPerBlock + warp_index();
   if (index >= p.x.rows) return;
   const int lane = lane_index();
+  if (index == 0 && lane == 0) *p.any_rescaled = 0;
   const int64_t size = p.x.cols, label = p.labels[index];
   const bool ignored = label == p.ignore_index, takes_part = !ignored || !p.drop_ignored;
   const bool has_target = !ignored && label >= 0 && label < p.weight.rows;
@@ -116,21 +54,24 @@ __global__ void __launch_bounds__(kThreads) start_rows(const __grid_constant__ S
   }
   squares = warp_sum(squares);
   product = warp_sum(product);
-  if (lane != 0) return;
-
   row.inverse_norm = squares == 0 ? 0 : 1 / std::sqrt(squares);
   if (has_target) {
-    const bool is_zero = inverse_of<T>(target) == 0 && target.root < kInfinity;
-    const double cosine = is_zero ? 0 : product * row.inverse_norm / target.root;
-    const double epsilon = p.product_dtype == DType::float64   ? 0x1p-52
-                           : p.product_dtype == DType::float32 ? 0x1p-23
-                           : p.product_dtype == DType::float16 ? 0x1p-10
-                                                               : 0x1p-7;
-    const Margined margined = apply_margin(p.margin, cosine, std::sqrt(epsilon));
+    // All lanes have the same numbers, and so take the same way.
+    const double cosine = target.root == 0 ? 0 : product * row.inverse_norm / target.root;
+    const bool is_near = 1 - std::fabs(cosine) < least_distance_from_one(p.product_dtype);
+    const double sign = cosine > 0 ? 1 : -1;
+    Angle angle = angle_of_cosine(cosine);
+    if (is_near) {
+      const auto stored_at = [&](int64_t j) { return load_element(scaled_x_of(p), index, j); };
+      const Chord chord{row.inverse_norm, target.root, target_scale, sign};
+      angle = angle_of_chord(cosine, length_of_chord(chord, size, stored_at, target_at));
+    }
+    const Margined margined = apply_margin(p.margin, angle);
     row.logit = p.scale * margined.value;
     row.slope = p.scale * margined.slope;
+    row.aligned = is_near && margined.is_steep ? sign : 0;
   }
-  p.rows[index] = row;
+  if (lane == 0) p.rows[index] = row;
 }
 
 template <class T>
@@ -144,7 +85,7 @@ const char* launch_start(const StartParams& params, simt::Stream stream) {
 template <class T>
 constexpr int kRowPerLane = sizeof(T) == 8 ? 8 : 16;
 
-// 1 / |w_j|
+// 1 / |w'_j|, and the exponents
 //
 // A warp per class; no shared memory; w is read once. The squares are summed in double, because those of floats leave
 // float's range: one conversion and one multiply-add for each 2 or 4 bytes from memory.
@@ -166,7 +107,11 @@ __global__ void __launch_bounds__(kThreads) write_inverse_norms(const __grid_con
     }
   }
   const Length length = length_of<T>(warp_sum(sum), size, [&](int64_t j) { return double(E::read(w[j])); });
-  if (lane_index() == 0) static_cast<T*>(p.inverse_norms)[index] = static_cast<T>(inverse_of<T>(length));
+  if (lane_index() != 0) return;
+  const int exponent = rescaling_exponent(length, p.weight.dtype);
+  p.exponents[index] = exponent;
+  if (exponent != 0) simt::mark(p.any_rescaled);
+  static_cast<T*>(p.inverse_norms)[index] = static_cast<T>(inverse_of(length, exponent));
 }
 
 template <class T>
@@ -175,6 +120,19 @@ const char* launch_inverse_norms(const NormsParams& params, simt::Stream stream)
     return simt::launch(write_inverse_norms<T, decltype(element)>, {blocks_of(params.weight.rows), kThreads, 0}, stream,
                         params);
   });
+}
+
+// out = factor (g - u <u, g>) with u = v shrink inverse_norm, where none of these need fit into Real. All lanes together,
+// element by element, in double.
+template <class T, class E>
+__device__ void project_rescaled(const T* g, const typename E::Stored* v, T* out, int64_t size, double shrink,
+                                 double inverse_norm, double factor) {
+  const auto unit = [&](int64_t j) { return static_cast<double>(E::read(v[j])) * shrink * inverse_norm; };
+  double dot = 0;
+  for (int64_t j = lane_index(); j < size; j += 32) dot += static_cast<double>(g[j]) * unit(j);
+  const double along = warp_sum(dot);
+  for (int64_t j = lane_index(); j < size; j += 32)
+    out[j] = static_cast<T>((static_cast<double>(g[j]) - unit(j) * along) * factor);
 }
 
 // out = factor (g - u <u, g>),   u = v / |v|
@@ -193,9 +151,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
   const T* g = static_cast<const T*>(p.grad) + index * p.size;
   T* out = static_cast<T*>(p.out) + index * p.size;
   const Stored* v = static_cast<const Stored*>(p.v.data) + index * p.v.row_stride;
-  const double factor = p.rows == nullptr ? 1 : p.rows[index].power;
+  const int exponent = p.exponents == nullptr ? 0 : p.exponents[index];
+  const double factor = p.rows == nullptr ? std::ldexp(1.0, -exponent) : p.rows[index].power;
   const double inverse = p.rows == nullptr ? static_cast<double>(static_cast<const T*>(p.inverse_norms)[index])
                                            : p.rows[index].inverse_norm;
+
+  if (exponent != 0) {
+    project_rescaled<T, E>(g, v, out, p.size, std::ldexp(1.0, -exponent), inverse, factor);
+    return;
+  }
 
   Stripe<T, kRowPerLane<T>, sizeof(Stored)> of_g, of_v;
   const int64_t last = (p.size - 1) / of_g.columns * of_g.columns;

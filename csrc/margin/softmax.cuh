@@ -169,7 +169,8 @@ struct RowFactors {
   T inverse_norm;
   T shift, offset;    // p_j = 2^((cos_j - shift) * to_exponent + offset): most digits where p is large
   T of_p, of_weight;  // H_j |w_j| = of_p p_j - of_weight u_j
-  T of_target;        // H_y |w_y|
+  T of_target;        // H_y |w_y|, 0 for an aligned row
+  double of_cosine;   // dL/dcos_y
   bool is_zero;       // H = 0
 
   __device__ __forceinline__ void set(const BackwardChunkParams& p, int64_t index) {
@@ -181,7 +182,8 @@ struct RowFactors {
     offset = static_cast<T>((row.most * p.settings.scale - g.lse) * kLog2OfE);
     of_p = static_cast<T>(g.softmax * row.inverse_norm);
     of_weight = static_cast<T>(g.uniform * row.inverse_norm);
-    of_target = static_cast<T>(g.target * row.inverse_norm);
+    of_target = row.aligned != 0 ? T(0) : static_cast<T>(g.target * row.inverse_norm);
+    of_cosine = grad == 0 ? 0 : g.target;
     is_zero = row.target == ignored || grad == 0;
   }
 };
@@ -210,7 +212,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
   const int64_t first_row = simt::block_index() % row_blocks * kRowsPerBlock, index = first_row + warp_index();
   auto* all_factors = reinterpret_cast<RowFactors<T>*>(simt::shared_memory());
   const int thread = simt::thread_index();
-  if (thread < kRowsPerBlock && first_row + thread < chunk.batch) all_factors[thread].set(p, first_row + thread);
+  const int64_t start = simt::block_index() / row_blocks * kBackwardColumns;
+  if (thread < kRowsPerBlock && first_row + thread < chunk.batch) {
+    all_factors[thread].set(p, first_row + thread);
+    if (start == 0) p.own[first_row + thread] = all_factors[thread].of_cosine;
+  }
   simt::sync_block();
   if (index >= chunk.batch) return;
   const RowFactors<T> factors = all_factors[warp_index()];
@@ -221,7 +227,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
   // u matters where labels are smoothed only
   const T* class_weight = p.settings.label_smoothing == 0 ? nullptr : static_cast<const T*>(p.settings.class_weight);
   const T to_exponent = static_cast<T>(chunk.scale * kLog2OfE);
-  const int64_t start = simt::block_index() / row_blocks * kBackwardColumns;
   const int64_t rest = chunk.classes - start, end = start + (rest < kBackwardColumns ? rest : kBackwardColumns);
   for (int64_t begin = start; begin < end; begin += S::columns) {
     const int64_t count = chunk.classes - begin;

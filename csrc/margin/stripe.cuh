@@ -58,12 +58,10 @@ struct RealType;
 template <>
 struct RealType<float> {
   static constexpr DType dtype = DType::float32;
-  static constexpr double least_normal = 0x1p-126;
 };
 template <>
 struct RealType<double> {
   static constexpr DType dtype = DType::float64;
-  static constexpr double least_normal = 0x1p-1022;
 };
 
 // Calls launch(Element<dtype>()) for a type that goes with T.

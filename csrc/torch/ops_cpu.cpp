@@ -2,9 +2,11 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "margin/launch.h"
+#include "mining/hard_triplets.h"
 #include "pairs/launch.h"
 #include "sinkhorn/launch.h"
 #include "torch/margin_ops.h"
+#include "torch/mining_ops.h"
 #include "torch/pair_ops.h"
 #include "torch/sinkhorn_ops.h"
 
@@ -39,6 +41,9 @@ struct Cpu {
   static void inverse_norms(const margin::NormsParams& params, const Tensor&) {
     margin::inverse_norms_cpu(params, torch_threads());
   }
+  static void rescaled_products(const margin::RescaledProductsParams& params, const Tensor&) {
+    margin::rescaled_products_cpu(params, torch_threads());
+  }
   static void forward_chunk(const margin::ForwardChunkParams& params, const Tensor&) {
     margin::forward_chunk_cpu(params, torch_threads());
   }
@@ -50,8 +55,24 @@ struct Cpu {
   static void logits_backward(const margin::LogitsBackwardParams& params, const Tensor&) {
     margin::logits_backward_cpu(params, torch_threads());
   }
+  static bool rescaled_gradients(const margin::RescaledGradientsParams& params, const Tensor&) {
+    return margin::rescaled_gradients_cpu(params, torch_threads());
+  }
   static void project(const margin::ProjectParams& params, const Tensor&) {
     margin::project_cpu(params, torch_threads());
+  }
+  static void own_gradients_of_x(const margin::OwnGradientsParams& params, const Tensor&) {
+    margin::own_gradients_of_x_cpu(params, torch_threads());
+  }
+  static void own_gradients_of_weight(const margin::OwnGradientsParams& params, const Tensor&) {
+    margin::own_gradients_of_weight_cpu(params, torch_threads());
+  }
+
+  static int64_t count_hard(const mining::Batch& batch, int64_t* counts) {
+    return mining::count_hard(batch, counts, torch_threads());
+  }
+  static void write_hard(const mining::Batch& batch, const int64_t* counts, int64_t* triplets, void* excess) {
+    mining::write_hard(batch, counts, triplets, excess, torch_threads());
   }
 
   static void pack(const pairs::PackParams& params) { pairs::pack_cpu(params, torch_threads()); }
@@ -81,6 +102,7 @@ struct Cpu {
 STABLE_TORCH_LIBRARY_IMPL(otface, CPU, m) {
   OTFACE_REGISTER_SINKHORN(m, otface::binding::Cpu);
   OTFACE_REGISTER_MARGIN(m, otface::binding::Cpu);
+  OTFACE_REGISTER_MINING(m, otface::binding::Cpu);
   OTFACE_REGISTER_PAIRS(m, otface::binding::Cpu);
   OTFACE_REGISTER_NEAR(m, otface::binding::Cpu);
 }

@@ -59,6 +59,9 @@ struct Cuda {
   static void inverse_norms(const margin::NormsParams& params, const Tensor& on) {
     run(margin::inverse_norms_cuda, params, on);
   }
+  static void rescaled_products(const margin::RescaledProductsParams& params, const Tensor& on) {
+    run(margin::rescaled_products_cuda, params, on);
+  }
   static void forward_chunk(const margin::ForwardChunkParams& params, const Tensor& on) {
     const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
     const auto bytes = static_cast<int64_t>(margin::forward_chunk_workspace(params));
@@ -73,7 +76,18 @@ struct Cuda {
   static void logits_backward(const margin::LogitsBackwardParams& params, const Tensor& on) {
     run(margin::logits_backward_cuda, params, on);
   }
+  // Whether there are rescaled classes is known to the device only: the kernel writes grad_x in any case.
+  static bool rescaled_gradients(const margin::RescaledGradientsParams& params, const Tensor& on) {
+    run(margin::rescaled_gradients_cuda, params, on);
+    return true;
+  }
   static void project(const margin::ProjectParams& params, const Tensor& on) { run(margin::project_cuda, params, on); }
+  static void own_gradients_of_x(const margin::OwnGradientsParams& params, const Tensor& on) {
+    run(margin::own_gradients_of_x_cuda, params, on);
+  }
+  static void own_gradients_of_weight(const margin::OwnGradientsParams& params, const Tensor& on) {
+    run(margin::own_gradients_of_weight_cuda, params, on);
+  }
 
   static void near_costs(const pairs::NearCostsParams& params, const Tensor& on) {
     run(pairs::near_costs_cuda, params, on);

@@ -27,28 +27,32 @@ STABLE_TORCH_LIBRARY(otface, m) {
       "Tensor? grad_g, Tensor? grad_plan, float tol, bool want_cost, bool want_a, bool want_b) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
 
-  // Margin operators. `rows` (B, 8) float64 is struct Row of margin/params.h; the margin is struct Margin, spread out.
-  // -> loss (B,), 0 for ignored rows; and for the gradient scaled_x (B, d) product_dtype, rows, inverse_norms (C,), and
-  //    the cosines (B * C,) if store_logits: chunk after chunk, each (B, classes)
+  // Margin operators. `rows` (B, 9) float64 is struct Row of margin/params.h. `numbers` are float64, on the CPU: m1, m2, m3
+  // and scale, and label_smoothing for the loss. The rest of the margin is struct Margin, spread out.
+  // -> loss (B,), 0 for ignored rows; and for the gradient scaled_x (B, d) product_dtype, rows, inverse_norms (C,),
+  //    exponents (C + 1,) int32, and the cosines (B * C,) if store_logits: chunk after chunk, each (B, classes)
   m.def(
       "margin_softmax_forward(Tensor x, Tensor weight, Tensor labels, Tensor? class_weight, Tensor? weight_sum, "
-      "float m1, float m2, float m3, int beyond_pi, bool easy, bool straight_through, float scale, int ignore_index, "
-      "float label_smoothing, ScalarType product_dtype, int chunk_bytes, bool store_logits) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor numbers, int beyond_pi, bool easy, bool straight_through, int ignore_index, ScalarType product_dtype, "
+      "int chunk_bytes, bool store_logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Both backward operators -> the gradients of x (B, d) in Real, and of weight (C, d) in its dtype.
   m.def(
-      "margin_softmax_backward(Tensor scaled_x, Tensor weight, Tensor rows, Tensor inverse_norms, Tensor cosines, "
-      "Tensor? class_weight, Tensor? weight_sum, Tensor grad_loss, float scale, float label_smoothing, int "
-      "chunk_bytes, "
+      "margin_softmax_backward(Tensor scaled_x, Tensor weight, Tensor rows, Tensor inverse_norms, Tensor exponents, "
+      "Tensor cosines, Tensor? class_weight, Tensor? weight_sum, Tensor grad_loss, Tensor numbers, int chunk_bytes, "
       "bool want_x, bool want_weight) -> (Tensor, Tensor)");
-  // -> logits (B, C), scaled_x, rows, inverse_norms
+  // -> logits (B, C), scaled_x, rows, inverse_norms, exponents
   m.def(
-      "margin_logits_forward(Tensor x, Tensor weight, Tensor labels, float m1, float m2, float m3, int beyond_pi, "
-      "bool easy, bool straight_through, float scale, int ignore_index, ScalarType product_dtype, int chunk_bytes) -> "
-      "(Tensor, Tensor, Tensor, Tensor)");
+      "margin_logits_forward(Tensor x, Tensor weight, Tensor labels, Tensor numbers, int beyond_pi, bool easy, "
+      "bool straight_through, int ignore_index, ScalarType product_dtype, int chunk_bytes) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "margin_logits_backward(Tensor scaled_x, Tensor weight, Tensor rows, Tensor inverse_norms, Tensor grad_logits, "
-      "float scale, int chunk_bytes, bool want_x, bool want_weight) -> (Tensor, Tensor)");
+      "margin_logits_backward(Tensor scaled_x, Tensor weight, Tensor rows, Tensor inverse_norms, Tensor exponents, "
+      "Tensor grad_logits, Tensor numbers, int chunk_bytes, bool want_x, bool want_weight) -> (Tensor, Tensor)");
+
+  // On the CPU -> the first of labels (B,) that is no class and is not ignored, or -1; and how many are not ignored.
+  m.def("look_at_labels(Tensor labels, int classes, int? ignore_index) -> (int, int)");
+  // On the CPU, of cosines (N, N) and labels (N,) -> the triplets (T, 3), and how hard each is, (T,).
+  m.def("hard_triplets(Tensor cosines, Tensor labels, float alpha, int? ignore_index) -> (Tensor, Tensor)");
 
   // Pairs of point sets, on the CPU; `rows`, `columns` and `sums` are explained in pairs/params.h.
   // -> rows (N, D, p, 16), columns (N, P, 16 D, 16), lengths (N, p) float64

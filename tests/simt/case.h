@@ -14,7 +14,7 @@
 namespace otface::test {
 
 struct Array {
-  char type = 0;  // 'd' double, 'f' float, 'l' int64_t, 'H' uint16_t (a half type), 'B' uint8_t
+  char type = 0;  // 'd' double, 'f' float, 'l' int64_t, 'i' int32_t, 'H' uint16_t (a half type), 'B' uint8_t
   std::vector<int64_t> shape;
   size_t bytes = 0;
 

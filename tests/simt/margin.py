@@ -14,7 +14,7 @@ import torch
 from .kernels import Arrays
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-ROW = ("power", "inverse_norm", "logit", "slope", "most", "sum", "weighted", "target")
+ROW = ("power", "inverse_norm", "logit", "slope", "most", "sum", "weighted", "target", "aligned")
 
 
 class Margin(NamedTuple):
@@ -99,8 +99,8 @@ def from_strided(results: Arrays, case: Arrays, name: str, shape: tuple[int, int
 
 
 def rows(batch: int, **fields: Any) -> np.ndarray:
-    """The rows (B, 8): each field a number or (B,); at first as for unit vectors without other classes."""
-    named = dict(zip(ROW, (1, 1, 0, 1, -np.inf, 0, 0, 0), strict=True)) | fields
+    """The rows (B, 9): each field a number or (B,); at first as for unit vectors without other classes."""
+    named = dict(zip(ROW, (1, 1, 0, 1, -np.inf, 0, 0, 0, 0), strict=True)) | fields
     return np.stack([np.broadcast_to(np.asarray(named[name], np.float64), (batch,)) for name in ROW], axis=1)
 
 

@@ -15,6 +15,7 @@ inline size_t bytes_of(char type) {
   switch (type) {
     case 'd':
     case 'l': return 8;
+    case 'i':
     case 'f': return 4;
     case 'H': return 2;
     case 'B': return 1;
