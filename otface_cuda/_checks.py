@@ -185,8 +185,17 @@ def class_labels(where: str, x: Any, like_name: str, like: Tensor) -> Tensor:
     return labels
 
 
-def check_classes(where: str, labels: Tensor, classes: int, ignore_index: int | None = None) -> int | None:
-    """How many rows are not ignored; None where values are not looked at."""
+def check_classes(
+    where: str, labels: Tensor, classes: int, ignore_index: int | None = None, name: str = "labels"
+) -> bool:
+    """Whether every label was seen to be a class that is not ignored; False also where nobody looks."""
+    return count_labels(where, labels, classes, ignore_index, name) == len(labels)
+
+
+def count_labels(
+    where: str, labels: Tensor, classes: int, ignore_index: int | None = None, name: str = "labels"
+) -> int | None:
+    """How many are not ignored, and those are classes; None where values are not looked at."""
     if not checks_data(labels):
         return None
     labels = labels.cpu().contiguous()
@@ -194,7 +203,7 @@ def check_classes(where: str, labels: Tensor, classes: int, ignore_index: int | 
     if wrong >= 0:
         ignored = "" if ignore_index is None else f", or {ignore_index} for a row to be ignored"
         raise ValueError(
-            f"{where}: `labels` must be from 0 to {classes - 1}{ignored}, got {int(labels[wrong])} for row {wrong}"
+            f"{where}: `{name}` must be from 0 to {classes - 1}{ignored}, got {int(labels[wrong])} for row {wrong}"
         )
     return int(kept)
 

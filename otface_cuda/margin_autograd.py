@@ -19,7 +19,7 @@ class LogitsSettings(NamedTuple):
     """What a compiled graph may take for constants; what may change from step to step is in ``numbers``."""
 
     where: str  # the user's function, for messages
-    form: tuple[int, bool, bool]  # of the margin: beyond_pi, easy, straight_through
+    form: tuple[int, ...]  # of the margin: beyond_pi, easy, straight_through
     ignore_index: int
     product_dtype: torch.dtype
     chunk_bytes: int
@@ -27,7 +27,7 @@ class LogitsSettings(NamedTuple):
 
 class LossSettings(NamedTuple):
     where: str
-    form: tuple[int, bool, bool]
+    form: tuple[int, ...]
     ignore_index: int
     product_dtype: torch.dtype
     chunk_bytes: int

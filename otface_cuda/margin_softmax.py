@@ -133,7 +133,7 @@ def margin_softmax_loss(
         with_graph and _stores(store_logits, x, weight),
     )
     u = None if class_weight is None else _operator_class_weight(where, class_weight, x, weight)
-    kept = _checks.check_classes(where, labels, weight.shape[0], settings.ignore_index)
+    kept = _checks.count_labels(where, labels, weight.shape[0], settings.ignore_index)
     inputs = margin_autograd.LossInputs(labels, numbers, u, _weight_sum(u, x, weight) if smoothing > 0 else None)
     if with_graph:
         losses: Tensor = margin_autograd.MarginSoftmaxLoss.apply(x, weight, *inputs, settings)

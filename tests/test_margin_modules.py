@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import otface_cuda
 from otface_cuda import CosineMarginLogits, MarginSoftmaxLoss
@@ -71,17 +73,98 @@ def test_same_results(module: Any, function: Any, settings: dict[str, Any], defa
     assert torch.equal(twin.weight.grad, grad)
 
 
+WRONG: dict[str, list[Any]] = {
+    "margin": [0.5, None],
+    "scale": [-1, 0.0, math.nan, "64", True],
+    "ignore_index": [None, 1.5],
+    "reduction": ["avg", None],
+    "label_smoothing": [1.5, -0.1, None],
+    "class_weight": [torch.ones(C + 1), -torch.ones(C), [1.0] * C, torch.ones(C, requires_grad=True)],
+    "store_logits": [1],
+    "chunk_bytes": [0, 1.5],
+}
+
+
 @every_twin
-def test_every_setting_is_passed_on(module: Any, function: Any, settings: dict[str, Any], device: str) -> None:
-    """A wrong one is refused by name."""
-    x, labels = data(device)
-    wrong = {"chunk_bytes": 0, "class_weight": torch.ones(C + 1, device=device), "store_logits": 1}
+def test_wrong_settings(module: Any, function: Any, settings: dict[str, Any]) -> None:
+    """They are refused when they are given and when they are assigned, by the names of the class and the setting."""
+    twin = module(C, D)
     for name in settings:
-        with pytest.raises((TypeError, ValueError), match=f"`{name}`"):
-            module(C, D, device=device, **{name: wrong.get(name)})(x, labels)
+        before = getattr(twin, name)
+        for wrong in WRONG[name]:
+            with pytest.raises((TypeError, ValueError), match=f"^{module.__name__}: `{name}` must"):
+                module(C, D, **{name: wrong})
+            with pytest.raises((TypeError, ValueError), match=f"^{module.__name__}: `{name}` must"):
+                setattr(twin, name, wrong)
+            assert getattr(twin, name) is before
     for name, arguments in (("num_classes", (0, D)), ("embedding_size", (C, 1.5)), ("num_classes", (True, D))):
         with pytest.raises((TypeError, ValueError), match=f"^{module.__name__}: `{name}` must be"):
             module(*arguments)
+
+
+@every_twin
+def test_settings_that_are_assigned(module: Any, function: Any, settings: dict[str, Any], device: str) -> None:
+    """Each takes effect, and is what is shown and copied."""
+    x, labels = data(device)
+    twin = module(C, D, device=device)
+    for name, value in settings.items():
+        value = value.to(device) if isinstance(value, torch.Tensor) else value
+        setattr(twin, name, value)
+        now = {known: getattr(twin, known) for known in settings}
+        assert now[name] is value
+        expected = function(x, twin.weight, labels, **now)
+        for each in (twin, copy.deepcopy(twin)):
+            assert torch.equal(each(x, labels), expected)
+        assert name == "class_weight" or f"{name}={value!r}" in repr(twin)
+
+
+def schedules() -> list[Any]:
+    """Modules, calls and the values of a number that changes in every step."""
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    x, maps = torch.randn(6, D), torch.randn(6, 4, 2, 2)
+    numbers = [0.1 + 0.05 * k for k in range(20)]
+    growing = [otface_cuda.ArcFace(m) for m in numbers]
+    loss, logits = (
+        {"label_smoothing": [0.9 * m for m in numbers]},
+        {"scale": [20 * m for m in numbers], "margin": growing},
+    )
+    otface = dict.fromkeys(("ot_weight", "eps", "alpha", "beta"), numbers)
+    made = []
+    for make, call, values in (
+        (lambda: CosineMarginLogits(3, D), lambda head: head(x, labels), logits),
+        (lambda: MarginSoftmaxLoss(3, D), lambda head: head(x, labels), logits | loss),
+        (
+            lambda: otface_cuda.OTFaceLoss(3, D, max_triplets=9),
+            lambda head: head(x, maps, labels).loss,
+            logits | loss | otface,
+        ),
+    ):
+        for name, steps in values.items():
+            made.append(pytest.param(make, call, name, steps, id=f"{type(make()).__name__}-{name}"))
+    return made
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(("make", "call", "name", "values"), schedules())
+def test_schedules_are_compiled_once(make: Any, call: Any, name: str, values: list[Any]) -> None:
+    """A graph for the first number, another for all that follow; both results and gradients go by it."""
+    head = make()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(head, fullgraph=True, backend=graphs)
+    seen = set()
+    for value in values:
+        setattr(head, name, value)
+        outcomes = []
+        for each in (compiled, head):
+            head.zero_grad()
+            out = call(each)
+            out.sum().backward()
+            outcomes.append((out.detach(), head.weight.grad.clone()))
+        for a, b in zip(*outcomes, strict=True):
+            assert torch.equal(a, b)
+        seen.add(outcomes[0][0].sum().item())
+    assert graphs.frame_count <= 2
+    assert len(seen) > 10
 
 
 @every_twin
