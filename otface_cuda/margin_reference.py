@@ -17,7 +17,7 @@ A margin turns theta = arccos(cos) into phi = m1 theta + m2 and has
 except, where phi > pi: cos(theta) - m2 sin(m2) - m3 with the slope 1 (ArcFace's fallback), or
 (-1)^k cos(phi) - 2 k - m3 with k = floor(phi / pi) and (-1)^k times the slope (SphereFace). With `easy_margin` it is
 cos(theta) where that is not positive. At theta = 0 and theta = pi the slope is infinite while d cos(theta) / dx is
-zero, and what their product tends to depends on the direction. There sin(theta) counts as `least_sine`, so that the
+zero, and what their product tends to depends on the direction. There sin(theta) counts as `LEAST_SINE`, so that the
 gradient is finite, and zero up to rounding.
 
 >>> import torch
@@ -44,9 +44,9 @@ __all__ = ["cosine_margin_logits_reference", "margin_reference", "margin_softmax
 LEAST_SINE = math.sqrt(torch.finfo(torch.float64).eps)
 
 
-def margin_reference(cos: Tensor, margin: Margin, *, least_sine: float = LEAST_SINE) -> Tensor:
+def margin_reference(cos: Tensor, margin: Margin) -> Tensor:
     """What the margin makes of each cosine; of one beyond [-1, 1], what it makes of the nearer end."""
-    value: Tensor = _Margin.apply(cos.double(), margin.kernel_form(), least_sine)
+    value: Tensor = _Margin.apply(cos.double(), margin.kernel_form())
     return value
 
 
@@ -58,7 +58,6 @@ def cosine_margin_logits_reference(
     margin: Margin,
     scale: float,
     ignore_index: int = -100,
-    least_sine: float = LEAST_SINE,
 ) -> Tensor:
     """Equation (1): (B, C), for x (B, d), weight (C, d) and labels (B,)."""
     cos = _unit(x.double()) @ _unit(weight.double()).mT
@@ -67,7 +66,7 @@ def cosine_margin_logits_reference(
     is_ignored = labels == ignore_index
     is_class = (labels >= 0) & (labels < num_classes)
     target = labels.clamp(0, num_classes - 1)[:, None]
-    margined = margin_reference(cos.gather(1, target), margin, least_sine=least_sine)
+    margined = margin_reference(cos.gather(1, target), margin)
     with_margin = (torch.arange(num_classes, device=x.device) == target) & (is_class & ~is_ignored)[:, None]
     logits = scale * torch.where(with_margin, margined, cos)
     return logits.masked_fill(~(is_class | is_ignored)[:, None], math.nan)
@@ -84,14 +83,13 @@ def margin_softmax_loss_reference(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
-    least_sine: float = LEAST_SINE,
 ) -> Tensor:
     """Equation (2): a scalar, or (B,) for ``reduction="none"``."""
     num_classes = weight.shape[0]
     u = torch.ones(num_classes, dtype=torch.float64, device=x.device) if class_weight is None else class_weight.double()
     kept = labels != ignore_index  # an ignored row is not even looked at: it may hold anything
     logits = cosine_margin_logits_reference(
-        x[kept], weight, labels[kept], margin=margin, scale=scale, ignore_index=ignore_index, least_sine=least_sine
+        x[kept], weight, labels[kept], margin=margin, scale=scale, ignore_index=ignore_index
     )
     target = labels[kept].long().clamp(0, num_classes - 1)
     share = label_smoothing / num_classes
@@ -110,12 +108,12 @@ class _Margin(torch.autograd.Function):
     """Equation (3), with a slope that is finite everywhere."""
 
     @staticmethod
-    def forward(ctx: Any, cos: Tensor, margin: KernelMargin, least_sine: float) -> Tensor:
+    def forward(ctx: Any, cos: Tensor, margin: KernelMargin) -> Tensor:
         m1, m2, m3, beyond_pi, easy, straight_through = margin
         c = cos.clamp(-1, 1)
         phi = m1 * c.acos() + m2
         value = phi.cos() - m3
-        slope = m1 * phi.sin() / ((1 - c) * (1 + c)).sqrt().clamp(min=least_sine)
+        slope = m1 * phi.sin() / ((1 - c) * (1 + c)).sqrt().clamp(min=LEAST_SINE)
         if m1 == 1 and m2 == 0:  # also at the ends
             value, slope = c - m3, torch.ones_like(c)
         elif beyond_pi == 1:
@@ -135,7 +133,7 @@ class _Margin(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
-        return gradients[0] * slope, None, None
+        return gradients[0] * slope, None
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -14,7 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 import otface_cuda
-from otface_cuda.margin_reference import cosine_margin_logits_reference, margin_softmax_loss_reference
+from otface_cuda.margin_reference import (
+    LEAST_SINE,
+    cosine_margin_logits_reference,
+    margin_softmax_loss_reference,
+)
 from otface_cuda.margins import ArcFace, CombinedMargin, CosFace, Margin, SphereFace
 
 from .margin_problems import (
@@ -38,10 +42,6 @@ every_margin = pytest.mark.parametrize("margin", MARGINS + STRAIGHT_THROUGH, ids
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def least_sine(dtype: torch.dtype) -> float:
-    return math.sqrt(torch.finfo(output_dtype(dtype)).eps)
-
-
 def widened(rtol: float, dtype: torch.dtype, device: str) -> float:
     """On CUDA the products read half types: what goes into them in the backward is rounded to those."""
     return rtol + (4 * torch.finfo(dtype).eps if has_cuda_kernels(device) else 0)
@@ -54,7 +54,6 @@ def check_logits(problem: MarginProblem, margin: Margin, scale: float, device: s
         in_double(problem),
         margin=margin,
         scale=scale,
-        least_sine=least_sine(dtype),
         **options,
     )
     actual = gradients(otface_cuda.cosine_margin_logits, problem.to(device), margin=margin, scale=scale, **options)
@@ -78,7 +77,6 @@ def check_loss(problem: MarginProblem, margin: Margin, scale: float, device: str
         in_double(problem),
         margin=margin,
         scale=scale,
-        least_sine=least_sine(dtype),
         class_weight=u,
         **options,
     )
@@ -128,10 +126,10 @@ def test_one_dimension(classes: int, dtype: torch.dtype, device: str) -> None:
     # A cosine is off by some units of float64, the angle by their root.
     atol = scale * margin.m * math.sqrt(32 * torch.finfo(torch.float64).eps) + 16 * logit_error(dtype, 1, scale)
     torch.testing.assert_close(logits.double().cpu(), expected, rtol=0, atol=atol)
-    slope = scale * margin.m / least_sine(dtype)
+    slope = scale * margin.m / LEAST_SINE
     for gradient, v in zip(grads, problem, strict=False):
         shortest = v.double().abs().min().item()
-        assert gradient.double().abs().max() <= 16 * slope * torch.finfo(output_dtype(dtype)).eps * 5 / shortest
+        assert gradient.double().abs().max() <= 16 * slope * torch.finfo(torch.float64).eps * 5 / shortest
 
 
 @every_margin
@@ -254,17 +252,15 @@ def test_cosines_of_one(sign: int, margin: Margin, dtype: torch.dtype, device: s
     weight = random_margin_problem(1, 6, 5, dtype=dtype).weight
     problem = MarginProblem(4 * sign * weight.clone(), weight, torch.arange(6))
     scale, m1 = 64.0, margin.kernel_form().m1
-    expected = gradients(
-        cosine_margin_logits_reference, in_double(problem), margin=margin, scale=scale, least_sine=least_sine(dtype)
-    )
+    expected = gradients(cosine_margin_logits_reference, in_double(problem), margin=margin, scale=scale)
     actual = gradients(otface_cuda.cosine_margin_logits, problem.to(device), margin=margin, scale=scale)
     # The cosine is within some units of float64 of 1, the angle within their root of 0.
     of_angle = scale * m1 * math.sqrt(32 * torch.finfo(torch.float64).eps)
     atol = of_angle + widened(logit_error(dtype, 5, scale), dtype, device)
     torch.testing.assert_close(actual[0].double().cpu(), expected[0], rtol=1e-6, atol=atol)
-    # The slope is up to m1 / least_sine, and multiplies the rounding of d cos / dx, which is zero.
-    u = torch.finfo(output_dtype(dtype)).eps
-    rtol = widened(gradient_rtol(dtype, problem, scale), dtype, device) + 16 * scale * m1 * u / least_sine(dtype)
+    # The slope is up to m1 / LEAST_SINE, and multiplies the rounding of d cos / dx, which is zero, in double.
+    u = torch.finfo(torch.float64).eps
+    rtol = widened(gradient_rtol(dtype, problem, scale), dtype, device) + 16 * scale * m1 * u / LEAST_SINE
     for x, y in zip(actual[1:], expected[1:], strict=True):
         assert x.isfinite().all()
         torch.testing.assert_close(x.double().cpu(), y, rtol=0, atol=rtol * max(1, y.abs().max().item()))
