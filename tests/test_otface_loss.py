@@ -109,6 +109,7 @@ def test_hard_triplets_are_not_all_active(device: str) -> None:
     assert 0 < out.n_active < out.n_hard
 
 
+@pytest.mark.filterwarnings("ignore:OTFaceLoss")
 @pytest.mark.parametrize("labels", [name for name in LABELS if name != "people"])
 @pytest.mark.parametrize("max_triplets", [None, 3])
 def test_batches_without_triplets(labels: str, max_triplets: int | None, device: str) -> None:
