@@ -198,8 +198,9 @@ def count_labels(
     """How many are not ignored, and those are classes; None where values are not looked at."""
     if not checks_data(labels):
         return None
-    labels = labels.cpu().contiguous()
-    wrong, kept = torch.ops.otface.look_at_labels.default(labels, classes, ignore_index)
+    if not labels.is_cpu:
+        labels = labels.cpu()
+    wrong, kept = torch.ops.otface.look_at_labels.default(labels.contiguous(), classes, ignore_index)
     if wrong >= 0:
         ignored = "" if ignore_index is None else f", or {ignore_index} for a row to be ignored"
         raise ValueError(

@@ -159,9 +159,10 @@ def _check_inputs(where: str, x: Any, weight: Any, labels: Any) -> tuple[Tensor,
         raise _checks.wrong_value(where, "x", "of shape (B, d) with d >= 1", x)
     if weight.shape[1] != x.shape[1] or weight.shape[0] == 0:
         raise _checks.wrong_value(where, "weight", f"of shape (C, {x.shape[1]}) with C >= 1 to go with `x`", weight)
-    autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
-    if x.dtype != weight.dtype and not autocast:
-        raise _checks.wrong_type(where, "weight", f"of the dtype of `x` ({x.dtype})", weight)
+    if x.dtype != weight.dtype:
+        autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+        if not autocast:
+            raise _checks.wrong_type(where, "weight", f"of the dtype of `x` ({x.dtype})", weight)
     labels = _checks.class_labels(where, labels, "x", x)
     return _adjacent_columns(x), _adjacent_columns(weight), labels
 

@@ -78,6 +78,8 @@ def check_most(where: str, max_triplets: Any) -> int:
 
 
 def _cosines(unit: Tensor) -> Tensor:
+    if not torch.is_autocast_enabled(unit.device.type):
+        return unit @ unit.T
     with torch.autocast(unit.device.type, enabled=False):
         return unit @ unit.T
 

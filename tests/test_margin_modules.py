@@ -128,13 +128,14 @@ def schedules() -> list[Any]:
         {"label_smoothing": [0.9 * m for m in numbers]},
         {"scale": [20 * m for m in numbers], "margin": growing},
     )
-    otface = dict.fromkeys(("ot_weight", "eps", "alpha", "beta"), numbers)
+    otface = dict.fromkeys(("ot_weight", "eps", "beta"), numbers)
+    otface["alpha"] = [0.2 * k - 1.9 for k in range(20)]  # from no triplet to all
     made = []
     for make, call, values in (
         (lambda: CosineMarginLogits(3, D), lambda head: head(x, labels), logits),
         (lambda: MarginSoftmaxLoss(3, D), lambda head: head(x, labels), logits | loss),
         (
-            lambda: otface_cuda.OTFaceLoss(3, D, max_triplets=9),
+            lambda: otface_cuda.OTFaceLoss(3, D, max_triplets=24),
             lambda head: head(x, maps, labels).loss,
             logits | loss | otface,
         ),
