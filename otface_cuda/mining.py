@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _checks
 from ._numbers import number_tensor
 from ._operators import operator
-from .costs import prepare_points
+from .costs import UnitVectors
 from .margin_softmax import check_index
 
 CHUNK_BYTES = 64 << 20  # of the comparisons that are held at a time
@@ -61,7 +61,8 @@ def mine_hard_triplets(
     if ignore_index is not None:
         ignore_index = check_index(where, ignore_index)
     with torch.no_grad():
-        unit = prepare_points(embeddings.detach(), "cosine")
+        rows = embeddings.detach()
+        unit = UnitVectors.of(rows if rows.dtype == torch.float64 else rows.float()).unit
         if max_triplets is None:
             return _all_hard(unit, labels, margin, ignore_index)[0]
         most = check_most(where, max_triplets)
