@@ -62,7 +62,7 @@ class Model(nn.Module):
         return out
 
     def scale_margin(self, part: float) -> None:
-        self.head.settings["margin"] = self.make_margin(self.full_margin * part)
+        self.head.margin = self.make_margin(self.full_margin * part)
 
 
 def backbone_of(settings: Settings) -> Mobile:
