@@ -169,20 +169,20 @@ def checks_data(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return x.device.type == "cpu" or (os.environ.get("OTFACE_CHECK") == "1" and not x.is_meta)
+    return x.is_cpu or (os.environ.get("OTFACE_CHECK") == "1" and not x.is_meta)
 
 
-def class_labels(where: str, x: Any, like_name: str, like: Tensor) -> Tensor:
+def class_labels(where: str, x: Any, like_name: str, like: Tensor, name: str = "labels") -> Tensor:
     """(B,) int64, one for each row of `like`."""
     fits = isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
     if fits:
-        check_dense(where, "labels", x)
+        check_dense(where, name, x)
     if not fits or x.shape != like.shape[:1]:
         wrong = wrong_value if fits else wrong_type
-        raise wrong(where, "labels", f"an integer tensor of shape ({like.shape[0]},)", x)  # else B would be fixed
-    check_device(where, "labels", x, like_name, like)
-    labels: Tensor = x.to(torch.int64).contiguous()
-    return labels
+        raise wrong(where, name, f"an integer tensor of shape ({like.shape[0]},)", x)  # else B would be fixed
+    check_device(where, name, x, like_name, like)
+    labels: Tensor = x if x.dtype == torch.int64 else x.to(torch.int64)
+    return labels.contiguous()
 
 
 def check_classes(

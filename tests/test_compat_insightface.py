@@ -389,9 +389,12 @@ X = torch.zeros(B, D)
     ("args", "error", "message"),
     [
         ((X[0], LABELS), ValueError, r"`local_embeddings` must be of shape \(B, 3\)"),
-        ((X, LABELS[1:]), ValueError, r"`labels` must be an integer tensor of shape \(40,\)"),
-        ((X, LABELS + C), ValueError, "`labels` must be from 0 to 6, got 7 for row 0"),
-        ((X, LABELS - 1), ValueError, "`labels` must be from 0 to 6, got -1 for row 0"),
+        ((X[:, 1:], LABELS), ValueError, r"`local_embeddings` must be of shape \(B, 3\), got a .* of shape \(40, 2\)"),
+        ((X.double(), LABELS), TypeError, r"`local_embeddings` must be of the dtype of `weight` \(torch.float32\)"),
+        ((X, None), TypeError, "`local_labels` must be an integer tensor"),
+        ((X, LABELS[1:]), ValueError, r"`local_labels` must be an integer tensor of shape \(40,\)"),
+        ((X, LABELS + C), ValueError, "`local_labels` must be from 0 to 6, got 7 for row 0"),
+        ((X, LABELS - 1), ValueError, "`local_labels` must be from 0 to 6, got -1 for row 0"),
         ((X, LABELS - 100), ValueError, "got -100 for row 0"),
     ],
 )

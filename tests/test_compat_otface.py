@@ -214,8 +214,14 @@ def test_refused_data(device: str) -> None:
         head(batch.embeddings, None, batch.labels, 0)
     with refused(ValueError, "OTFace_Arcface", "conv_features", "(8, 16, 3, 3)"):
         head(batch.embeddings, batch.maps[:-1], batch.labels, 0)
-    with refused(ValueError, "cosine_margin_logits", "labels", "got 5 for row 8"):
+    with refused(ValueError, "OTFace_Arcface", "label", "got 5 for row 8"):
         head(batch.embeddings, batch.maps, torch.tensor([*PEOPLE[:-1], 5], device=device), 0)
+    with refused(TypeError, "OTFace_Arcface", "label", "got None"):
+        head(batch.embeddings, batch.maps, None, 0)
+    with refused(ValueError, "OTFace_Arcface", "embeddings", "(9, 6)"):
+        head(batch.embeddings[:, 1:], batch.maps, batch.labels, 0)
+    with refused(TypeError, "OTFace_Arcface", "embeddings", "float64"):
+        head(batch.embeddings.double(), batch.maps, batch.labels, 0)
     with refused(ValueError, "ArcFace", "in_features", "got 0"):
         ArcFace(0, 5)
     for alpha in (math.nan, "1"):

@@ -55,7 +55,6 @@ OF_POT = {"a": uniform(N)[0], "b": uniform(M)[0], "M": rand(N, M)}
 OF_OFFICIAL = {"embeddings": rand(B, D), "conv_features": rand(B, D, 2, 2), "label": LABELS}
 AS_BATCH = {name: ("solve_batch", name) for name in ("a", "b", *LENGTHS)}
 AS_LOSS = {"labels": ("margin_softmax_loss", "labels")}
-AS_LOGITS = {"embeddings": ("cosine_margin_logits", "x"), "label": ("cosine_margin_logits", "labels")}
 
 TARGETS = [
     Target(otface_cuda.sinkhorn, "sinkhorn", OF_SINKHORN | SOLVER, {}, ("cost", "a", "b")),
@@ -99,16 +98,14 @@ TARGETS = [
     Target(pot.sinkhorn2, "sinkhorn2", OF_POT, {"reg": 1.0}),
     Target(layers.SinkhornDistance(1.0, 5), "SinkhornDistance", {"x": rand(B, N, D), "y": rand(B, M, D)}, {}),
     Target(layers.SinkhornDistanceCost(1.0, 5), "SinkhornDistanceCost", {"C": rand(B, N, M)}, {}),
-    Target(otface.ArcFace(D, C), "ArcFace", {"embeddings": rand(B, D), "label": LABELS}, {}, (), AS_LOGITS),
-    Target(otface.OTFace_Arcface(D, C), "OTFace_Arcface", OF_OFFICIAL, {"epoch": 0}, (), AS_LOGITS),
+    Target(otface.ArcFace(D, C), "ArcFace", {"embeddings": rand(B, D), "label": LABELS}, {}),
+    Target(otface.OTFace_Arcface(D, C), "OTFace_Arcface", OF_OFFICIAL, {"epoch": 0}),
     Target(insightface.ArcFace(), "ArcFace", {"logits": rand(B, C), "labels": LABELS}, {}),
     Target(
         insightface.PartialFC_V2(insightface.ArcFace(), D, C),
         "PartialFC_V2",
         {"local_embeddings": rand(B, D), "local_labels": LABELS},
         {},
-        (),
-        {"local_labels": ("PartialFC_V2", "labels")},
     ),
     Target(metric_learning.ArcFaceLoss(C, D), "ArcFaceLoss", {"embeddings": rand(B, D), "labels": LABELS}, {}),
 ]

@@ -19,8 +19,8 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F  # noqa: N812
 
 from .. import _checks, margins
-from ..margin_reference import margin_reference
 from ..margin_softmax import cosine_margin_logits, margin_softmax_loss
+from ._inputs import check_embeddings, check_goes_with
 
 if TYPE_CHECKING:
     from .._typing import called_as
@@ -48,19 +48,22 @@ class _MarginLoss(nn.Module, ABC):
         """Cosines (B, C) and labels (B,) or (B, 1) to logits (B, C)."""
         where = type(self).__name__
         _checks.check_floating(where, "logits", logits, "(B, C)", (2,))
-        labels = _flat_labels(where, labels, "logits", logits)[:, None]
+        flat = _flat_labels(where, "labels", labels, "logits", logits)
         classes = logits.shape[1]
-        _checks.check_classes(where, labels[:, 0], classes, -1)
+        all_here = _checks.check_classes(where, flat, classes, -1)
+        labels = flat.unsqueeze(1)
+        target = labels if all_here else labels.clamp(0, classes - 1)
         if self.interclass_filtering_threshold > 0:
-            is_other = torch.arange(classes, device=logits.device) != labels
-            logits = logits.masked_fill(is_other & (logits > self.interclass_filtering_threshold), 0)
-        target = labels.clamp(0, classes - 1)
+            is_dirty = logits > self.interclass_filtering_threshold
+            is_dirty.scatter_(1, target, is_dirty.gather(1, target) & (labels != target))
+            logits = logits.masked_fill(is_dirty, 0)
         # The slope of a margin that counts as 1 is that of a constant on top.
-        with torch.no_grad():
-            cos = logits.gather(1, target)
-            on_top = margin_reference(cos, self.target_margin()) - cos
-            on_top = on_top.where(labels == target, 0).masked_fill((labels < -1) | (labels >= classes), torch.nan)
-        return self.s * logits.scatter_add(1, target, on_top.to(logits.dtype))
+        on_top = _on_top(logits.detach().gather(1, target), self.target_margin())
+        if not all_here:
+            on_top = on_top.where(labels == target, 0)
+            if not _checks.checks_data(labels):
+                on_top.masked_fill_((labels < -1) | (labels >= classes), torch.nan)
+        return logits.scatter_add(1, target, on_top) * self.s
 
     if TYPE_CHECKING:
 
@@ -220,9 +223,10 @@ class PartialFC_V2(nn.Module):  # noqa: N801
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         where, x = "PartialFC_V2", local_embeddings
         weight: Tensor = self.weight
-        _checks.check_floating(where, "local_embeddings", x, f"(B, {self.embedding_size})", (2,))
-        labels = _flat_labels(where, local_labels, "local_embeddings", x)
-        _checks.check_classes(where, labels, self.num_classes)
+        check_embeddings(where, "local_embeddings", x, self.embedding_size)
+        check_goes_with(where, "local_embeddings", x, "weight", weight)
+        labels = _flat_labels(where, "local_labels", local_labels, "local_embeddings", x)
+        _checks.check_classes(where, labels, self.num_classes, name="local_labels")
         if self.sample_rate < 1:
             labels = self.sample(labels)
             weight = weight[self.weight_index]
@@ -252,8 +256,17 @@ def _is_fused(margin_loss: Any) -> bool:
     )
 
 
-def _flat_labels(where: str, labels: Any, like_name: str, like: Tensor) -> Tensor:
+def _on_top(cos: Tensor, margin: margins.Margin) -> Tensor:
+    """What the margin adds to the cosines, which may be overwritten; an angle is computed in float64."""
+    assert isinstance(margin, (margins.ArcFace, margins.CosFace))
+    if margin.m == 0 or isinstance(margin, margins.CosFace):
+        return torch.full_like(cos, -margin.m)
+    with_margin = cos.to(torch.float64, copy=True).clamp_(-1, 1).acos_().add_(margin.m).cos_()
+    return cos.copy_(with_margin.sub_(cos))
+
+
+def _flat_labels(where: str, name: str, labels: Any, like_name: str, like: Tensor) -> Tensor:
     """(B,) int64, of (B,) or (B, 1)."""
     if isinstance(labels, Tensor) and not labels.is_nested and labels.dim() == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    return _checks.class_labels(where, labels, like_name, like)
+        labels = labels.squeeze(1)
+    return _checks.class_labels(where, labels, like_name, like, name)

@@ -21,6 +21,9 @@ from .. import _checks, margins
 from ..margin_softmax import cosine_margin_logits
 from ..mining import mine_hard_triplets
 from ..ot_triplet import ot_triplet_loss
+from ._inputs import check_embeddings, check_goes_with
+
+IGNORED = -100  # as of `F.cross_entropy`, which the logits are for
 
 if TYPE_CHECKING:
     from .._typing import called_as
@@ -43,12 +46,17 @@ class _Head(nn.Module):
 
     def _logits(self, embeddings: Tensor, label: Tensor, margin: margins.Margin) -> tuple[Tensor, Tensor]:
         """With the margin, and cos * s without it and without gradient: they differ in each row's own class only."""
-        logits = cosine_margin_logits(embeddings, self.kernel.T, label, margin=margin, scale=self.s)
-        with torch.no_grad():
-            own = self.kernel.T[label.clamp(0, self.out_features - 1)].to(logits.dtype)
-            cosine = nn.functional.cosine_similarity(embeddings.to(logits.dtype), own, dim=1)
-            plain = logits.detach().clamp(-self.s, self.s)
-            plain.scatter_(1, label.long().clamp(0, self.out_features - 1)[:, None], self.s * cosine[:, None])
+        where = type(self).__name__
+        check_embeddings(where, "embeddings", embeddings, self.in_features)
+        check_goes_with(where, "embeddings", embeddings, "kernel", self.kernel)
+        label = _checks.class_labels(where, label, "embeddings", embeddings, "label")
+        all_here = _checks.check_classes(where, label, self.out_features, IGNORED, "label")
+        weight = self.kernel.t()
+        logits = cosine_margin_logits(embeddings, weight, label, margin=margin, scale=self.s)
+        own = label if all_here else label.clamp(0, self.out_features - 1)
+        cosine = _cosines(embeddings.detach(), weight.detach().index_select(0, own))
+        plain = logits.detach().clamp(-self.s, self.s)
+        plain.scatter_(1, own.unsqueeze(1), cosine.mul_(self.s).to(plain.dtype).unsqueeze(1))
         return logits, plain
 
     def _transport(
@@ -66,6 +74,14 @@ class _Head(nn.Module):
         return loss[None], len(triplets), int(n_active)
 
 
+def _cosines(x: Tensor, y: Tensor) -> Tensor:
+    """(B,) of the rows, in float64, where no product of float32 is out of range; 0 for a zero row."""
+    x, y = x.double(), y.double()
+    lengths = torch.linalg.vector_norm(x, dim=1).mul_(torch.linalg.vector_norm(y, dim=1))
+    cosines: Tensor = torch.linalg.vecdot(x, y).div_(lengths.clamp_(min=torch.finfo(torch.float64).tiny))
+    return cosines.clamp_(-1, 1)
+
+
 class ArcFace(_Head):
     """Logits with an additive angular margin: ``forward(embeddings, label)`` -> (logits, cos * s).
 
@@ -79,7 +95,7 @@ class ArcFace(_Head):
         s, m, easy_margin: scale, margin in radians, and see above.
 
     Raises:
-        TypeError, ValueError: as :func:`otface_cuda.cosine_margin_logits`, which calls them ``x`` and ``labels``.
+        TypeError, ValueError: the message names the argument, what was expected and what came.
 
     >>> head = ArcFace(in_features=4, out_features=10)
     >>> logits, cosines = head(torch.randn(3, 4), torch.tensor([0, 7, 2]))
