@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from otface_cuda.compat import pot
+from otface_cuda.compat import _pot_costs, pot
+from otface_cuda.compat._solver import Solver
 
 from .problems import random_problem
 
@@ -350,12 +351,105 @@ def test_dist_batch(metric: str, p: float, dtype: torch.dtype, ot: Any) -> None:
     torch.testing.assert_close(pot.loss_linear_batch(plan, plan), ot.batch.loss_linear_batch(plan, plan))
 
 
-@pytest.mark.parametrize("metric", ["euclidean", "minkowski"])
-def test_no_gradient_where_samples_coincide(metric: str) -> None:
-    x = torch.ones(1, 1, 3, requires_grad=True)
-    pot.dist_batch(x, torch.ones(1, 1, 3), metric=metric).sum().backward()
-    assert x.grad is not None
-    assert (x.grad == 0).all()
+def test_losses_of_expanded_batches(ot: Any) -> None:
+    """As POT: sizes of 1, in either of the two; gradients are summed over what was expanded."""
+    generator = torch.Generator().manual_seed(0)
+    M, T = (torch.rand(3, 4, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    for given in ((M[:1], T), (M, T[:1]), (M[:, :1], T[:, :, :1]), (M[:1].expand(3, -1, -1), T)):
+        results = []
+        for module in (ot.batch, pot):
+            inputs = leaves(*given)
+            loss = module.loss_linear_batch(*inputs)
+            results.append((loss.detach(), *torch.autograd.grad((loss * loss.detach()).sum(), inputs)))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-14, atol=0)
+
+
+def test_infinite_costs_in_the_loss() -> None:
+    """Where there is no plan they are nothing, in the gradient too; where there is one the loss is infinite."""
+    M = torch.tensor([[[1.0, torch.inf]], [[2.0, torch.inf]]])
+    T = torch.tensor([[[0.5, 0.0]], [[0.5, 0.5]]], requires_grad=True)
+    loss = pot.loss_linear_batch(M, T)
+    assert loss.tolist() == [0.5, torch.inf]
+    (gradient,) = torch.autograd.grad(loss[0], T)
+    assert gradient[0].tolist() == [[1.0, 0.0]]
+    assert pot.loss_linear_batch(torch.tensor([[[torch.nan]]]), torch.zeros(1, 1, 1)).isnan()
+
+
+def test_integers(ot: Any) -> None:
+    """Costs, plans and samples: as of torch's default dtype, where POT computes distances in integers."""
+    generator = torch.Generator().manual_seed(0)
+    M = torch.randint(10, (2, 4, 5), generator=generator)
+    theirs, ours = (module.solve_batch(M, 2.0, tol=0.0, max_iter=20) for module in (ot.batch, pot))
+    assert_same_result(ours, theirs, close(torch.float32))
+    assert ours.plan.dtype == theirs.plan.dtype == torch.float32
+    assert torch.equal(ours.plan, pot.solve_batch(M.float(), 2.0, tol=0.0, max_iter=20).plan)
+    a, b = torch.full((4,), 1 / 4), torch.full((5,), 1 / 5)
+    for name in ("sinkhorn", "sinkhorn2"):
+        theirs, ours = (getattr(module, name)(a, b, M[0].int(), 2.0, stopThr=1e-4) for module in (ot, pot))
+        torch.testing.assert_close(ours, theirs, **close(torch.float32))
+    for metric in ("sqeuclidean", "minkowski"):
+        theirs, ours = (module.dist_batch(M, M + 1, metric).float() for module in (ot.batch, pot))
+        torch.testing.assert_close(ours, theirs, **close(torch.float32))
+    torch.testing.assert_close(pot.loss_linear_batch(M, M), ot.batch.loss_linear_batch(M, M).float())
+
+
+def test_what_a_result_has(ot: Any) -> None:
+    """Every public attribute of POT's, but those that are not implemented there."""
+    M = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    theirs, ours = (module.solve_batch(M, 1.0) for module in (ot.batch, pot))
+    names = [name for name in dir(theirs) if not name.startswith("_") and name not in ("a_to_b", "b_to_a")]
+    assert {"sparse_plan", "lazy_plan", "value_quad", "citation", "status"} < set(names)
+    assert [name for name in names if not hasattr(ours, name)] == []
+    assert ours.lazy_plan is theirs.lazy_plan is None
+    assert ours.value_quad is theirs.value_quad is None
+    assert ours.sparse_plan is ours.plan
+    torch.testing.assert_close(ours.sparse_plan, theirs.sparse_plan, **close(torch.float32))
+    assert "22(78)" in ours.citation
+    assert "22(78)" in theirs.citation
+
+
+@pytest.mark.parametrize("grad", ["envelope", "autodiff", "last_step", "detach"])
+def test_no_problems(grad: str) -> None:
+    """An empty batch in, an empty batch out; POT fails."""
+    M = torch.empty(0, 4, 5, requires_grad=True)
+    result = pot.solve_batch(M, 1.0, torch.full((4,), 0.25), None, 50, grad=grad)
+    assert [x.shape for x in (result.value, result.plan, *result.potentials)] == [(0,), (0, 4, 5), (0, 4), (0, 5)]
+    assert pot.loss_linear_batch(M, M).shape == (0,)
+    assert pot.dist_batch(M).shape == (0, 4, 4)
+
+
+@pytest.mark.parametrize(("metric", "p"), [("euclidean", 2), ("minkowski", 2), ("minkowski", 3), ("minkowski", 1.5)])
+@pytest.mark.parametrize("samples", [1, 40])
+def test_no_gradient_where_samples_coincide(metric: str, p: float, samples: int) -> None:
+    """Of one sample, and of so many that the powers of p are computed in another way."""
+    y = torch.ones(1, samples, 3)
+    x = y.clone().requires_grad_()
+    distances = pot.dist_batch(x, y, metric=metric, p=p)
+    assert (distances == 0).all()
+    (gradient,) = torch.autograd.grad(distances.sum(), x)
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("p", [0.5, 1, 1.5, 2, 3, 4.5])
+@pytest.mark.parametrize("few", [0, _pot_costs.MANY])
+def test_minkowski_in_both_ways(p: float, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all powers at once and with torch.cdist, some samples equal and some coordinates."""
+    monkeypatch.setattr(_pot_costs, "FEW", few)
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(2, size, 3, generator=generator, dtype=torch.float64) for size in (5, 7))
+    y[:, 0], y[:, 1, 1] = x[:, 0], x[:, 1, 1]
+    inputs = leaves(x, y)
+    distances = pot.dist_batch(*inputs, metric="minkowski", p=p)
+    expected = torch.stack([torch.cdist(*pair, p=p) for pair in zip(x, y, strict=True)])
+    torch.testing.assert_close(distances.detach(), expected, rtol=1e-13, atol=0)
+    factors = torch.rand(distances.shape, generator=generator, dtype=torch.float64)
+    actual = torch.autograd.grad((distances * factors).sum(), inputs)
+    # d |v|_p / dv = sign(v) (|v| / |v|_p)^(p - 1), and 0 for v = 0 and, where p < 1, for a coordinate of 0
+    v = x[:, :, None] - y[:, None]
+    slope = v.sign() * torch.where(v == 0, 1, v.abs() / expected.masked_fill(expected == 0, 1)[..., None]) ** (p - 1)
+    slope = slope * factors[..., None]
+    for gradient, wanted in zip(actual, (slope.sum(2), -slope.sum(1)), strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-11, atol=1e-13)
 
 
 def test_solve_sample_batch(ot: Any) -> None:
@@ -488,16 +582,14 @@ def test_warning_and_printing(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_tolerance_below_rounding_takes_few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The default stopThr with float32: all iterations, as in POT, but not in a hundred calls."""
-    from otface_cuda.compat import _pot_sinkhorn
-
     calls = []
 
-    def count(*args: Any, **options: Any) -> Any:
-        calls.append(options["max_iter"])
-        return solve(*args, **options)
+    def count(solver: Solver, max_iter: int, *args: Any, **options: Any) -> Any:
+        calls.append(max_iter)
+        return solve(solver, max_iter, *args, **options)
 
-    solve = _pot_sinkhorn._check_and_solve
-    monkeypatch.setattr(_pot_sinkhorn, "_check_and_solve", count)
+    solve = Solver.__call__
+    monkeypatch.setattr(Solver, "__call__", count)
     inputs = single(torch.float32)
     plan = pot.sinkhorn(*inputs, 0.1)
     assert sum(calls) >= 1000
@@ -533,7 +625,22 @@ A, B, M = torch.full((2,), 0.5), torch.full((3,), 1 / 3), torch.zeros(2, 3)
         (lambda: pot.dist_batch(M[None], M[None, :, :2]), ValueError, r"`X2` must be of shape \(1, n, 3\)"),
         (lambda: pot.dist_batch(M[None], M[None].double()), TypeError, r"`X2` must be of the dtype of `X1`"),
         (lambda: pot.dist_batch(M[None], metric="minkowski", p=0), ValueError, r"`p` must be positive"),
-        (lambda: pot.loss_linear_batch(M[None], M[None, :1]), ValueError, r"`T` must be of the shape of `M`"),
+        (
+            lambda: pot.loss_linear_batch(M[None], M[None, :, :2]),
+            ValueError,
+            r"`T` must be of a shape that goes with that of `M`, \(1, 2, 3\), got .* \(1, 2, 2\)",
+        ),
+        (lambda: pot.loss_linear_batch(M[None], M), ValueError, r"`T` must be of shape \(B, ns, nt\)"),
+        (lambda: pot.solve_batch(M[None, :0], 1.0), ValueError, r"solve_batch: `M` must be at least 1 x 1"),
+        (lambda: pot.sinkhorn(A, -B, M, 1.0), ValueError, r"sinkhorn: `b` must be finite and not negative"),
+        (lambda: pot.sinkhorn(-A, B, M, 1.0), ValueError, r"sinkhorn: `a` must be finite and not negative"),
+        (lambda: pot.sinkhorn(A, B, M.bool(), 1.0), TypeError, r"sinkhorn: `M` must be float64, float32"),
+        (lambda: pot.solve_sample_batch(M[None], M[None].double(), 1.0), TypeError, r"solve_sample_batch: `X_b`"),
+        (
+            lambda: pot.loss_linear_samples_batch(M[None], M[None], M[None], "x"),
+            ValueError,
+            r"loss_linear_samples_batch: `metric` must be",
+        ),
         (lambda: pot.sinkhorn(A, B, M.numpy(), 1.0), TypeError, r"sinkhorn: `M` .*torch.from_numpy"),
         (lambda: pot.sinkhorn2(A.numpy(), B, M, 1.0), TypeError, r"sinkhorn2: `a` .*torch.from_numpy"),
         (lambda: pot.sinkhorn(A, A, M, 1.0), ValueError, r"`b` must be of shape \(3,\) or \(3, k\)"),

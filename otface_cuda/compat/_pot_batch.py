@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,14 +10,18 @@ from torch import Tensor
 from .. import _checks
 from .._documented import documented_fields
 from ..autograd import needs_graph, real_dtype
-from ..costs import pairwise_cost
-from ..functional import _check_and_solve, _without_padding
-from ._pot_schedule import PERIOD, run_as_pot
+from ..functional import SinkhornOutput, _without_padding
+from ._pot_costs import check_tol, checked_points, cost_of, floating, linear
+from ._pot_schedule import Run, run_as_pot
+from ._solver import Solver, solver_of
 
 METHODS = ("auto", "proximal", "log_sinkhorn", "sinkhorn")
 REG_TYPES = ("kl", "entropy")
 GRADS = ("detach", "autodiff", "last_step", "envelope")
-METRICS = ("sqeuclidean", "euclidean", "minkowski", "kl")
+CITATION = (
+    "Flamary et al.: POT: Python Optimal Transport. Journal of Machine Learning Research 22(78):1-8, 2021. "
+    "https://jmlr.org/papers/v22/20-451.html"
+)
 
 
 @documented_fields
@@ -67,9 +70,29 @@ class OTResult(NamedTuple):
         return self.marginal_a, self.marginal_b
 
     @property
+    def sparse_plan(self) -> Tensor:
+        """The plan, dense, as POT has it for torch tensors."""
+        return self.plan
+
+    @property
+    def lazy_plan(self) -> None:
+        """Always None, as in POT for these problems."""
+        return
+
+    @property
+    def value_quad(self) -> None:
+        """Always None, as in POT: there is no quadratic term."""
+        return
+
+    @property
     def status(self) -> None:
         """Always None, as in POT."""
         return
+
+    @property
+    def citation(self) -> str:
+        """What to cite for POT, whose problems and conventions these are."""
+        return CITATION
 
 
 def solve_batch(
@@ -108,7 +131,9 @@ def solve_batch(
         grad: how gradients are computed.
 
             - ``"envelope"``: of `value`: T in M, and in a and b the derivative at convergence, centred by its mean
-              (POT has none). `value_linear` has T in M. `plan` and `potentials` are constants.
+              (POT has none). `value_linear` has T in M. `plan` and `potentials` are constants. At a weight of 0 the
+              derivative of the entropy is -inf: with ``"entropy"`` its gradient is 0, and the mean is that of the
+              others; with ``"kl"`` it is finite, and right.
             - ``"autodiff"``: the derivative of the iterations, for every output. The start is held constant, also
               where b is given, whereas POT's v = 0 makes g = -reg log b: the gradient of b differs by what is left of
               the start after the iterations.
@@ -134,12 +159,11 @@ def solve_batch(
     True
     """
     where = "solve_batch"
-    check_tensor(where, "M", M)
-    _checks.check_floating(where, "M", M, "(B, ns, nt)", (3,), takes_lengths=True)
+    M = floating(where, "M", M, "(B, ns, nt)", 3, takes_lengths=True)
     _checks.check_has_kernels(where, "M", M)
     for name, weights in (("a", a), ("b", b)):
-        if weights is not None:
-            check_tensor(where, name, weights)
+        if weights is not None and not isinstance(weights, Tensor):
+            raise _checks.wrong_type(where, name, "a torch tensor (torch.from_numpy makes one of an array)", weights)
     _checks.check_choice(where, "method", method, METHODS)
     reg_type = reg_type.lower() if isinstance(reg_type, str) else reg_type
     _checks.check_choice(where, "reg_type", reg_type, REG_TYPES)
@@ -155,56 +179,53 @@ def solve_batch(
     max_iter = _checks.check_int(where, "max_iter", max_iter, 1)
     tol = check_tol(where, "tol", tol)
 
-    solve = partial(
-        _check_and_solve,
-        where,
-        "M",
-        M,
-        M,
-        eps,
-        a,
-        b,
-        tol=0.0,
-        check_every=PERIOD,
-        row_lengths=row_lengths,
-        col_lengths=col_lengths,
-        grad="envelope",
-        return_plan=True,
-    )
-    real = real_dtype(M)
-    full_a, full_b = _full_weights(where, M, a, b, row_lengths, col_lengths)
-    reg_column = eps[:, None].to(real)
+    solve = solver_of(where, "M", M, eps, a, b, row_lengths, col_lengths)
+    p = solve.problems
+    full_a = _full_weights(p.a, p.row_lengths, M, M.shape[1])
+    full_b = _full_weights(p.b, p.col_lengths, M, M.shape[2])
+    reg_column = eps.to(full_a.dtype).unsqueeze(1)
     # v = log b + g / reg. Uniform weights make v = 0 a constant g, and a constant changes nothing.
-    start = None if b is None else (None, -reg_column * torch.where(full_b > 0, full_b, 1.0).detach().log())
+    start = None if b is None else -reg_column * full_b.detach().masked_fill(full_b == 0, 1.0).log()
     run = run_as_pot(solve, start, full_a.detach(), max_iter=max_iter, tol=tol, norm=_largest_norm)
-    unrolled = grad in ("autodiff", "last_step") and needs_graph(M, a, b)
-    if grad == "last_step":
-        with torch.no_grad():
-            before = run.out or solve(init=start, max_iter=run.n_iter)
-        out = solve(init=(None, before.g), max_iter=1, grad="unrolled" if unrolled else "envelope")
-    elif unrolled:
-        out = solve(init=start, max_iter=run.n_iter, grad="unrolled")
-    else:
-        with torch.no_grad():
-            out = run.out or solve(init=start, max_iter=run.n_iter)
+    unrolled = grad in ("autodiff", "last_step") and needs_graph(M, p.a, p.b)
+    out = _differentiable(solve, start, run, grad, unrolled)
     assert out.plan is not None
     u, v = full_a.log() + out.f / reg_column, full_b.log() + out.g / reg_column
     if not unrolled:
         u, v = u.detach(), v.detach()
-    reg_row = eps.to(real)
-    if grad == "envelope":
-        value_linear = _linear(M.to(real), out.plan)
-        value = value_linear + reg_row * _relative_entropy(out.plan, full_a.detach(), full_b.detach(), reg_type)
-        for weights, log_scaling, potential in ((full_a, u, out.f), (full_b, v, out.g)):
-            if needs_graph(weights):
-                slope = reg_column * log_scaling if reg_type == "entropy" else potential
-                value = value + _with_slope(weights, slope, log_scaling.isfinite())
+    reg_row = reg_column.squeeze(1)
+    if unrolled:
+        value_linear = out.transport_cost
+        value = value_linear + reg_row * _relative_entropy(M, out, full_a, full_b, reg_column, reg_type)
     else:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and grad != "detach"):
-            value_linear = out.transport_cost
-            value = value_linear + reg_row * _relative_entropy(out.plan, full_a, full_b, reg_type)
+        value_linear = out.transport_cost
+        if grad == "envelope":
+            # Padding may hold anything.
+            is_padded = p.row_lengths is not None or p.col_lengths is not None
+            costs = M.to(full_a.dtype)
+            value_linear = linear(costs.masked_fill(out.plan == 0, 0.0) if is_padded else costs, out.plan)
+        with torch.no_grad():
+            entropy = _relative_entropy(M, out, full_a, full_b, reg_column, reg_type)
+        value = value_linear + reg_row * entropy
+        if grad == "envelope":
+            slopes = (out.f, out.g) if reg_type == "kl" else (reg_column * u, reg_column * v)
+            for weights, slope, lengths in zip((full_a, full_b), slopes, (p.row_lengths, p.col_lengths), strict=True):
+                if needs_graph(weights):
+                    value = value + _with_slope(weights, slope, _has_slope(weights, lengths, reg_type))
     potentials = (u.exp(), v.exp()) if method == "sinkhorn" else (u, v)
     return OTResult(value, value_linear, potentials, out.plan, {"n_iter": run.n_iter - 1})
+
+
+def _differentiable(solve: Solver, start: Tensor | None, run: Run, grad: str, unrolled: bool) -> SinkhornOutput:
+    """The state that POT returns, in a graph of all iterations, of the last one or of none."""
+    if grad == "last_step":
+        with torch.no_grad():
+            before = run.out or solve(run.n_iter, start)
+        return solve(1, before.g, grad="unrolled" if unrolled else "envelope")
+    if unrolled:
+        return solve(run.n_iter, start, grad="unrolled")
+    with torch.no_grad():
+        return run.out or solve(run.n_iter, start)
 
 
 def solve_sample_batch(
@@ -240,8 +261,9 @@ def solve_sample_batch(
     tensor([[[2.2699e-05, 4.9998e-01],
              [4.9998e-01, 2.2699e-05]]])
     """
-    _check_points("solve_sample_batch", {"X_a": X_a, "X_b": X_b}, metric, takes_lengths=True)
-    M = dist_batch(_without_padding(X_a, row_lengths), _without_padding(X_b, col_lengths), metric=metric, p=p)
+    where = "solve_sample_batch"
+    X_a, X_b, metric = checked_points(where, ("X_a", "X_b"), (X_a, X_b), metric, takes_lengths=True)
+    M = cost_of(where, _without_padding(X_a, row_lengths), _without_padding(X_b, col_lengths), metric, p)
     return solve_batch(
         M,
         reg,
@@ -259,127 +281,15 @@ def solve_sample_batch(
     )
 
 
-def dist_batch(
-    X1: Tensor, X2: Tensor | None = None, metric: str = "sqeuclidean", p: float = 2, nx: None = None
-) -> Tensor:
-    r"""`ot.batch.dist_batch` of POT: the costs between the samples of each problem.
-
-    Args:
-        X1: (B, n1, d) samples, any float dtype; computed in float32 at least.
-        X2: (B, n2, d); ``None``: those of X1.
-        metric: ``"sqeuclidean"``, ``"euclidean"``, ``"minkowski"``: \|x - y\|_p, or ``"kl"``: sum_d y log(y / x), with
-            1e-10 added to what a logarithm is taken of. The first two are those of
-            :func:`otface_cuda.sinkhorn_points`, never negative, and 0 for equal samples (POT's can be negative by
-            rounding, and their root NaN). All distances have gradient 0 where samples coincide (POT's is NaN).
-        p: of ``"minkowski"``, positive.
-        nx: only None; the backend is torch.
-
-    Returns:
-        (B, n1, n2).
-
-    >>> dist_batch(torch.tensor([[[0.0, 0.0], [3.0, 4.0]]]), metric="euclidean")
-    tensor([[[0., 5.],
-             [5., 0.]]])
-    """
-    where = "dist_batch"
-    _check_nx(where, nx)
-    X2 = X1 if X2 is None else X2
-    metric = _check_points(where, {"X1": X1, "X2": X2}, metric)
-    if metric in ("sqeuclidean", "euclidean"):
-        return pairwise_cost(X1, X2, metric)
-    X1, X2 = (x if x.dtype == torch.float64 else x.float() for x in (X1, X2))
-    with torch.autocast(X1.device.type, enabled=False):
-        if metric == "kl":
-            own = (X2 * (X2 + 1e-10).log()).sum(2)
-            return own[:, None, :] - (X1 + 1e-10).log() @ X2.mT
-        p = _checks.check_finite(where, "p", p)
-        if p <= 0:
-            raise _checks.wrong_value(where, "p", "positive", p)
-        return torch.cdist(X1, X2, p=p, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def loss_linear_batch(M: Tensor, T: Tensor, nx: None = None) -> Tensor:
-    """`ot.batch.loss_linear_batch` of POT: <M, T> of each problem, (B,); +inf times no plan is 0 (NaN in POT).
-
-    >>> loss_linear_batch(torch.tensor([[[0.0, 2.0]]]), torch.tensor([[[0.5, 0.5]]]))
-    tensor([1.])
-    """
-    where = "loss_linear_batch"
-    _check_nx(where, nx)
-    for name, x in (("M", M), ("T", T)):
-        check_tensor(where, name, x)
-        _checks.check_floating(where, name, x, "(B, ns, nt)", (3,))
-    if M.shape != T.shape:
-        raise _checks.wrong_value(where, "T", f"of the shape of `M`, {tuple(M.shape)}", T)
-    return (M.masked_fill(M.isposinf() & (T == 0), 0.0) * T).sum((1, 2))
-
-
-def loss_linear_samples_batch(X: Tensor, Y: Tensor, T: Tensor, metric: str = "sqeuclidean") -> Tensor:
-    """`ot.batch.loss_linear_samples_batch` of POT: :func:`loss_linear_batch` of :func:`dist_batch`.
-
-    >>> loss_linear_samples_batch(torch.zeros(1, 1, 2), torch.ones(1, 1, 2), torch.ones(1, 1, 1))
-    tensor([2.])
-    """
-    _check_points("loss_linear_samples_batch", {"X": X, "Y": Y}, metric)
-    return loss_linear_batch(dist_batch(X, Y, metric=metric), T)
-
-
-def check_tensor(where: str, name: str, x: Any) -> None:
-    if not isinstance(x, Tensor):
-        raise _checks.wrong_type(where, name, "a torch tensor (torch.from_numpy makes one of an array)", x)
-
-
-def check_tol(where: str, name: str, x: Any) -> float:
-    tol = _checks.check_finite(where, name, x)
-    if tol < 0:
-        raise _checks.wrong_value(where, name, "at least 0", x)
-    return tol
-
-
-def _check_nx(where: str, nx: Any) -> None:
-    if nx is not None:
-        raise _checks.wrong_type(where, "nx", "None, because the backend is torch", nx)
-
-
-def _check_points(where: str, points: dict[str, Any], metric: Any, *, takes_lengths: bool = False) -> str:
-    """The metric in small letters."""
-    for name, x in points.items():
-        check_tensor(where, name, x)
-        _checks.check_floating(where, name, x, "(B, n, d)", (3,), takes_lengths=takes_lengths)
-    (name_x, x), (name_y, y) = points.items()
-    if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
-        raise _checks.wrong_value(where, name_y, f"of shape ({x.shape[0]}, n, {x.shape[2]}) to go with `{name_x}`", y)
-    if x.dtype != y.dtype:
-        raise _checks.wrong_type(where, name_y, f"of the dtype of `{name_x}` ({x.dtype})", y)
-    _checks.check_device(where, name_y, y, name_x, x)
-    name = metric.lower() if isinstance(metric, str) else metric
-    _checks.check_choice(where, "metric", name, METRICS)
-    return str(name)
-
-
-def _full_weights(
-    where: str, M: Tensor, a: Tensor | None, b: Tensor | None, row_lengths: Tensor | None, col_lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(B, ns) and (B, nt), in the dtype of the arithmetic, 0 past the lengths."""
-    full = []
-    for name, x, side, size, given in (
-        ("a", a, "row_lengths", M.shape[1], row_lengths),
-        ("b", b, "col_lengths", M.shape[2], col_lengths),
-    ):
-        valid = M.new_ones(len(M), size, dtype=real_dtype(M))
-        lengths = _checks.lengths(where, side, given, len(M), size, "M", M)
-        if lengths is not None:
-            valid = (torch.arange(size, device=M.device) < lengths[:, None]).to(valid)
-        if x is None:
-            full.append(valid / valid.sum(1, keepdim=True))
-        else:
-            weights = _checks.weights(where, name, x, len(M), size, True, "M", M)
-            full.append(torch.where(valid > 0, weights.to(valid), 0.0))
-    if a is None and b is not None:
-        full[0] = full[0] * full[1].detach().sum(1, keepdim=True)
-    if b is None and a is not None:
-        full[1] = full[1] * full[0].detach().sum(1, keepdim=True)
-    return full[0], full[1]
+def _full_weights(weights: Tensor | None, lengths: Tensor | None, M: Tensor, size: int) -> Tensor:
+    """(B, size) in the dtype of the arithmetic, uniform for None, 0 past the lengths."""
+    real = real_dtype(M)
+    if lengths is None:
+        return M.new_full((len(M), size), 1 / size, dtype=real) if weights is None else weights
+    if weights is None:
+        weights = lengths.to(real).reciprocal().unsqueeze(1)
+    is_valid = torch.arange(size, device=M.device) < lengths.unsqueeze(1)
+    return torch.where(is_valid, weights, 0.0)
 
 
 def _largest_norm(differences: Tensor) -> Tensor:
@@ -388,17 +298,30 @@ def _largest_norm(differences: Tensor) -> Tensor:
     return norms.nan_to_num(nan=0.0).max() if len(norms) > 0 else norms.new_zeros(())
 
 
-def _linear(M: Tensor, T: Tensor) -> Tensor:
-    """<M, T>. Where there is no plan M may be infinite, or padding and anything."""
-    linear: Tensor = (torch.where(T == 0, 0.0, M) * T).sum((1, 2))
-    return linear
+def _relative_entropy(
+    M: Tensor, out: SinkhornOutput, a: Tensor, b: Tensor, reg_column: Tensor, reg_type: str
+) -> Tensor:
+    """(B,) sum T log T, or sum T log(T / (a b)), with POT's 1e-16 in the logarithm."""
+    T = out.plan
+    assert T is not None
+    if reg_type == "entropy":
+        return (T * (T + 1e-16).log()).sum((1, 2))
+    product = a.unsqueeze(2) * b.unsqueeze(1)
+    is_zero = product == 0
+    log_ratio = (T / product.masked_fill(is_zero, 1.0) + 1e-16).log()
+    if T.requires_grad:  # Without a weight there is no plan, but there is what the plan would be relative to it.
+        exponent = (out.f.unsqueeze(2) + out.g.unsqueeze(1) - M) / reg_column.unsqueeze(2)
+        log_ratio = torch.where(is_zero & M.isfinite(), exponent, log_ratio)
+    return (T * log_ratio).sum((1, 2))
 
 
-def _relative_entropy(T: Tensor, a: Tensor, b: Tensor, reg_type: str) -> Tensor:
-    if reg_type == "kl":
-        product = a[:, :, None] * b[:, None, :]
-        return (T * (T / torch.where(product == 0, 1.0, product) + 1e-16).log()).sum((1, 2))
-    return (T * (T + 1e-16).log()).sum((1, 2))
+def _has_slope(weights: Tensor, lengths: Tensor | None, reg_type: str) -> Tensor:
+    """(B, n) where the value has a derivative in the weights: not in padding, and that of w log w not at 0."""
+    if reg_type == "entropy":
+        return weights > 0
+    if lengths is None:
+        return torch.ones_like(weights, dtype=torch.bool)
+    return torch.arange(weights.shape[1], device=weights.device) < lengths.unsqueeze(1)
 
 
 def _with_slope(weights: Tensor, slope: Tensor, valid: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +11,10 @@ from torch import Tensor
 
 from .. import _checks
 from ..autograd import needs_graph, real_dtype
-from ..functional import SinkhornOutput, _check_and_solve
-from ._pot_batch import check_tensor, check_tol
-from ._pot_schedule import PERIOD, run_as_pot
+from ..functional import SinkhornOutput
+from ._pot_costs import check_tol, floating
+from ._pot_schedule import run_as_pot
+from ._solver import Solver, transposed_solver_of
 
 METHODS = ("sinkhorn", "sinkhorn_log")
 
@@ -115,8 +115,7 @@ def _sinkhorn(
 ) -> Any:
     if kwargs:
         raise TypeError(f"{where}: got an unexpected keyword argument `{next(iter(kwargs))}`")
-    check_tensor(where, "M", M)
-    _checks.check_floating(where, "M", M, "(n, m)", (2,))
+    M = floating(where, "M", M, "(n, m)", 2)
     _checks.check_has_kernels(where, "M", M)
     method = method.lower() if isinstance(method, str) else method
     _checks.check_choice(where, "method", method, METHODS)
@@ -127,38 +126,36 @@ def _sinkhorn(
     a = _weights(where, "a", a, M, n, (1,))
     b = _weights(where, "b", b, M, m, (1, 2))
     one = b.dim() == 1
-    columns = b[:, None] if one else b
+    columns = b.unsqueeze(1) if one else b
     starts = _starts(where, warmstart, n, columns.shape[1], one, method)
 
     # On the transposed problem, whose rows come first.
+    solve = transposed_solver_of(where, M, eps, a, columns)
     report = _Report(verbose, log)
-    solve = partial(_solve, where, M, a, eps, max_iter, tol, report)
-    if method == "sinkhorn_log":
+    if method == "sinkhorn":
+        runs = [_run(solve, starts, max_iter, tol, report)]
+    else:
         runs = [
-            solve(columns[:, k : k + 1], None if starts is None else starts[:, k : k + 1])
+            _run(solve.only(k), None if starts is None else starts[:, k : k + 1], max_iter, tol, report)
             for k in range(columns.shape[1])
         ]
-    else:
-        runs = [solve(columns, starts)]
     if warn and not all(run.converged for run in runs):
         warnings.warn(
             f"Sinkhorn did not converge. After {max_iter} iterations the marginal error is still above {tol:g}: "
             "increase `numItermax`, `stopThr` or `reg`.",
             stacklevel=3,
         )
-    losses = torch.cat([run.out.transport_cost for run in runs])
     if one:
         plan = runs[0].out.plan
         assert plan is not None
-        result = plan[0].mT if where == "sinkhorn" else losses[0]
+        result = plan[0].mT if where == "sinkhorn" else runs[0].out.transport_cost[0]
     else:
-        result = losses
+        result = torch.cat([run.out.transport_cost for run in runs])
     if not log:
         return result
-    real = real_dtype(M)
-    scale = eps.to(real)[:, None]
+    scale = eps.to(real_dtype(M))[:, None]
     f, g = (torch.cat([getattr(run.out, name) for run in runs]) for name in "fg")
-    log_u, log_v = (a.log() + g / scale).mT, columns.log() + (f / scale).mT
+    log_u, log_v = (a.to(g).log() + g / scale).mT, columns.to(f).log() + (f / scale).mT
     if one:
         log_u, log_v = log_u[:, 0], log_v[:, 0]
     return result, {
@@ -177,47 +174,21 @@ class _Solved(NamedTuple):
     converged: bool
 
 
-def _solve(
-    where: str,
-    M: Tensor,
-    a: Tensor,
-    eps: Tensor,
-    max_iter: int,
-    tol: float,
-    report: _Report,
-    b: Tensor,
-    log_u: Tensor | None,
-) -> _Solved:
-    """The problems of the columns of b (m, k), from log_u (n, k) or 0, which stop together."""
-    size = b.shape[1]
-    cost = M.mT.expand(size, -1, -1)
-    columns, rows = b.mT, a.expand(size, -1)
-    eps = eps.expand(size)
-    solve = partial(
-        _check_and_solve,
-        where,
-        "M",
-        cost,
-        cost,
-        eps,
-        columns,
-        rows,
-        tol=0.0,
-        check_every=PERIOD,
-        row_lengths=None,
-        col_lengths=None,
-        grad="envelope",
-        return_plan=True,
-    )
+def _run(solve: Solver, log_u: Tensor | None, max_iter: int, tol: float, report: _Report) -> _Solved:
+    """From log_u (n, k) or 0, until all stop together."""
+    M, eps, columns, rows = solve.problems[:4]
+    assert columns is not None
+    assert rows is not None
     # log_u = log a + g / eps
-    offset = torch.where(rows > 0, rows, 1.0).detach().log()
-    log_u = -offset if log_u is None else log_u.detach().mT.to(offset) - offset
-    init = None, eps.to(offset)[:, None] * torch.where(rows > 0, log_u, 0.0)
-    run = run_as_pot(solve, init, columns.detach(), max_iter=max_iter, tol=tol, norm=_norm, on_check=report.callback())
+    is_empty = rows == 0
+    offset = rows.detach().masked_fill(is_empty, 1.0).log()
+    start = -offset if log_u is None else (log_u.detach().mT.to(offset) - offset).masked_fill(is_empty, 0.0)
+    start = (eps.to(offset).unsqueeze(1) * start).contiguous()
+    run = run_as_pot(solve, start, columns.detach(), max_iter=max_iter, tol=tol, norm=_norm, on_check=report.callback())
     out = run.out
-    if out is None or needs_graph(M, a, b):
-        grad = "unrolled" if needs_graph(M, a, b) else "envelope"
-        out = solve(init=init, max_iter=run.n_iter, grad=grad)
+    needs_gradients = needs_graph(M, columns, rows)
+    if out is None or needs_gradients:
+        out = solve(run.n_iter, start, grad="unrolled" if needs_gradients else "envelope")
     return _Solved(run.n_iter, out, run.converged)
 
 
@@ -247,20 +218,19 @@ class _Report:
 
 
 def _weights(where: str, name: str, x: Any, M: Tensor, size: int, ranks: tuple[int, ...]) -> Tensor:
-    """In the dtype of the arithmetic, (size,) or (size, k); uniform for an empty one."""
-    real = real_dtype(M)
+    """(size,) or (size, k); uniform for an empty one."""
     if isinstance(x, Tensor):
         _checks.check_dense(where, name, x)
     if isinstance(x, (Tensor, list)) and len(x) == 0:
-        return torch.full((size,), 1.0 / size, dtype=real, device=M.device)
-    check_tensor(where, name, x)
+        return torch.full((size,), 1.0 / size, dtype=real_dtype(M), device=M.device)
     shape = f"({size},)" if ranks == (1,) else f"({size},) or ({size}, k)"
+    if not isinstance(x, Tensor):
+        raise _checks.wrong_type(where, name, "a torch tensor (torch.from_numpy makes one of an array)", x)
     _checks.check_floating(where, name, x, shape, ranks)
     if x.shape[0] != size or x.shape[-1] == 0:
         raise _checks.wrong_value(where, name, f"of shape {shape}", x)
     _checks.check_device(where, name, x, "M", M)
-    weights: Tensor = x.to(real)
-    return weights
+    return x
 
 
 def _starts(where: str, warmstart: Any, n: int, size: int, one: bool, method: str) -> Tensor | None:

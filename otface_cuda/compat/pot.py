@@ -4,14 +4,8 @@
 :func:`loss_linear_samples_batch`. ``ot``: :func:`sinkhorn`, :func:`sinkhorn2`. Compared with POT 0.9.7 by the tests.
 """
 
-from ._pot_batch import (
-    OTResult,
-    dist_batch,
-    loss_linear_batch,
-    loss_linear_samples_batch,
-    solve_batch,
-    solve_sample_batch,
-)
+from ._pot_batch import OTResult, solve_batch, solve_sample_batch
+from ._pot_costs import dist_batch, loss_linear_batch, loss_linear_samples_batch
 from ._pot_sinkhorn import sinkhorn, sinkhorn2
 
 __all__ = [
