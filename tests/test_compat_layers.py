@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import otface_cuda
-from otface_cuda.compat.layers import SinkhornDistance, SinkhornDistanceCost, iterations_until
+from otface_cuda.compat import layers
+from otface_cuda.compat.layers import SinkhornDistance, SinkhornDistanceCost
 
 from . import sinkhorn_layer
 from .problems import DTYPES, gradient_rtol, output_dtype, tolerance
@@ -61,6 +62,10 @@ def check(points: list[Tensor], eps: float, max_iter: int, **options: Any) -> in
     return theirs.iterations
 
 
+def iterations_until(C: Tensor, eps: float, max_iter: int, thresh: float) -> int:
+    return layers.iterations_until(layers.uniform_solver_of("test", C, eps), eps, max_iter, thresh)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("eps", [1.0, 0.1, 0.02])
 def test_values_and_gradients(size: tuple[int, int], eps: float, device: str) -> None:
@@ -81,6 +86,29 @@ def test_dtypes(dtype: torch.dtype, batch: int | None, device: str) -> None:
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_reductions(reduction: str, device: str) -> None:
     check(clouds(9, 6, device=device), 0.1, 30, reduction=reduction)
+
+
+def test_what_copies_of_the_layer_take(device: str) -> None:
+    """`reduction=None` is "none"; a `device` is taken, and is that of the input whatever it says."""
+    points = clouds(9, 6, device=device)
+    layer = SinkhornDistance(eps=0.1, max_iter=30, reduction=None, device=torch.device("cuda:0"))
+    assert layer.reduction == "none"
+    for x, y in zip(layer(*points), SinkhornDistance(0.1, 30)(*points), strict=True):
+        assert torch.equal(x, y)
+        assert x.device == points[0].device
+    assert torch.equal(SinkhornDistance(0.1, 30, None, device="cpu")(*points)[0], layer(*points)[0])
+    with pytest.raises(RuntimeError, match="nowhere"):
+        SinkhornDistance(0.1, 30, device="nowhere")
+
+
+def test_attributes_may_be_changed(device: str) -> None:
+    points = clouds(9, 6, device=device)
+    layer = SinkhornDistance(0.5, 3)
+    layer.eps, layer.max_iter, layer.thresh, layer.reduction = 0.1, 30, 0.0, "sum"
+    assert torch.equal(layer(*points)[0], SinkhornDistance(0.1, 30, "sum", thresh=0)(*points)[0])
+    layer.eps = -1.0
+    with refused(ValueError, "SinkhornDistance", "eps", "got -1.0"):
+        layer(*points)
 
 
 def test_layouts(device: str) -> None:
@@ -185,7 +213,8 @@ def test_the_two_others_of_that_name() -> None:
 def test_signature() -> None:
     """(eps, max_iter, reduction='none'), and thresh by keyword only; no state."""
     for layer in (SinkhornDistance, SinkhornDistanceCost):
-        eps, max_iter, reduction, thresh = inspect.signature(layer).parameters.values()
+        eps, max_iter, reduction, thresh, device = inspect.signature(layer).parameters.values()
+        assert (device.name, device.kind, device.default) == ("device", inspect.Parameter.KEYWORD_ONLY, None)
         assert [p.name for p in (eps, max_iter, reduction)] == ["eps", "max_iter", "reduction"]
         assert (eps.default, max_iter.default, reduction.default) == (inspect.Parameter.empty,) * 2 + ("none",)
         assert (thresh.name, thresh.kind, thresh.default) == ("thresh", inspect.Parameter.KEYWORD_ONLY, 0.1)

@@ -9,14 +9,17 @@ columns of the plan sum to 1 / m.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import _checks, autograd
+from .. import _checks
+from ..autograd import Problems, real_dtype
 from ..costs import pairwise_cost
-from ..functional import check_points, sinkhorn
+from ..functional import SinkhornOutput, check_points
+from ._solver import Solver, check_not_empty, solver_of_checked
 
 if TYPE_CHECKING:
     from .._typing import called_as
@@ -36,7 +39,15 @@ class SinkhornDistanceCost(nn.Module):
             [2.2699e-05, 4.9998e-01]])
     """
 
-    def __init__(self, eps: float, max_iter: int, reduction: str = "none", *, thresh: float = 0.1) -> None:
+    def __init__(
+        self,
+        eps: float,
+        max_iter: int,
+        reduction: str | None = "none",
+        *,
+        thresh: float = 0.1,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
         where = type(self).__name__
         self.eps, self.thresh = (_checks.check_finite(where, *given) for given in (("eps", eps), ("thresh", thresh)))
@@ -45,8 +56,10 @@ class SinkhornDistanceCost(nn.Module):
         if self.thresh < 0:
             raise _checks.wrong_value(where, "thresh", "at least 0", thresh)
         self.max_iter = _checks.check_int(where, "max_iter", max_iter, 1)
-        _checks.check_choice(where, "reduction", reduction, REDUCTIONS)
-        self.reduction = reduction
+        self.reduction = "none" if reduction is None else reduction
+        _checks.check_choice(where, "reduction", self.reduction, REDUCTIONS)
+        if device is not None:
+            torch.device(device)  # whether there is such a device; the input says which one is used
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}, max_iter={self.max_iter}, reduction={self.reduction!r}, thresh={self.thresh}"
@@ -54,8 +67,8 @@ class SinkhornDistanceCost(nn.Module):
     def forward(self, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         where = type(self).__name__
         _checks.check_floating(where, "C", C, "(N, n, m) or (n, m)", (2, 3))
-        if C.shape[-2] == 0 or C.shape[-1] == 0:
-            raise _checks.wrong_value(where, "C", "at least 1 x 1", C)
+        _checks.check_has_kernels(where, "C", C)
+        check_not_empty(where, "C", C)
         return self._solve(C)
 
     if TYPE_CHECKING:
@@ -64,16 +77,15 @@ class SinkhornDistanceCost(nn.Module):
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def _solve(self, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        count = self.max_iter
-        if self.thresh > 0:
-            with torch.no_grad():
-                count = iterations_until(C if C.dim() == 3 else C[None], self.eps, self.max_iter, self.thresh)
-        out = sinkhorn(C, self.eps, max_iter=count, grad="unrolled", return_plan=True)
+        costs = C if C.dim() == 3 else C.unsqueeze(0)
+        solve = uniform_solver_of(type(self).__name__, costs, self.eps)
+        count = self.max_iter if self.thresh == 0 else iterations_until(solve, self.eps, self.max_iter, self.thresh)
+        out = solve(count, None, grad="unrolled")
         assert out.plan is not None
-        cost = out.transport_cost
+        cost, plan = (out.transport_cost, out.plan) if C.dim() == 3 else (out.transport_cost[0], out.plan[0])
         if self.reduction != "none":
             cost = cost.mean() if self.reduction == "mean" else cost.sum()
-        return cost, out.plan, C
+        return cost, plan, C
 
 
 class SinkhornDistance(SinkhornDistanceCost):
@@ -92,8 +104,9 @@ class SinkhornDistance(SinkhornDistanceCost):
     Args:
         eps: strength of the entropy, in units of the cost; a float.
         max_iter: iterations at most.
-        reduction: of the cost: ``"none"``, ``"mean"`` or ``"sum"``.
+        reduction: of the cost: ``"none"`` or None, ``"mean"`` or ``"sum"``.
         thresh: see above; 0.1 in the original.
+        device: taken, because some copies of the layer have it; the device is that of x and y.
 
     Raises:
         TypeError, ValueError: the message names the argument, what was expected and what came.
@@ -117,22 +130,44 @@ class SinkhornDistance(SinkhornDistanceCost):
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...  # type: ignore[override]
 
 
-def iterations_until(cost: Tensor, eps: float, max_iter: int, thresh: float) -> int:
+def uniform_solver_of(where: str, costs: Tensor, eps: float) -> Solver:
+    """Of costs (N, n, m) between uniform weights."""
+    if not (math.isfinite(eps) and eps > 0):
+        raise _checks.wrong_value(where, "eps", "positive and finite", eps)
+    strengths = torch.full((), eps, dtype=torch.float64, device=costs.device).expand(len(costs))
+    return solver_of_checked(where, Problems(costs, strengths, None, None, None, None))
+
+
+def _iterations_until(solve: Solver, eps: float, max_iter: int, thresh: float) -> int:
     """The iteration in which the mean over the batch of |u - u before|_1 is below `thresh`, or `max_iter`.
 
-    One iteration at a time from the last g. A solution is shifted so that <a, f> = <b, g>; one of its rows, done once
-    more in torch, tells by how much.
+    An iteration takes what the rows of the plan lack to its potentials: u - u before = eps log(1 / (n r)), with the row
+    sums r of the plan before it, which is exp((u + v - C) / eps) from u = v = 0 on.
     """
-    batch, n, m = cost.shape
-    # u = v = 0, in terms of f = u - eps log(1 / n) and g = v - eps log(1 / m), shifted so that g is 0
-    real = autograd.real_dtype(cost)
-    f = cost.new_full((batch, n), eps * math.log(n * m), dtype=real)
-    g = cost.new_zeros((batch, m), dtype=real)
-    for count in range(1, max_iter):
-        out = sinkhorn(cost, eps, max_iter=1, init=(None, g))
-        first_f = eps * (math.log(m) - torch.logsumexp((g - cost[:, 0]) / eps, dim=1))
-        change = out.f - f + (first_f - out.f[:, 0])[:, None]
-        if change.abs().sum(1).mean().item() < thresh:
-            return count
-        f, g = out.f, out.g
+    with torch.no_grad():
+        cost = solve.problems.cost
+        n = cost.shape[1]
+        log_sums = cost.to(real_dtype(cost)).div(-eps).logsumexp(2)
+        g: Tensor | None = None
+        for count in range(1, max_iter):
+            change = log_sums.add_(math.log(n)).abs_().sum()
+            if eps * change.item() < thresh * len(cost):
+                return count
+            out = solve(1, g)
+            g, log_sums = out.g, _log_row_sums(out, cost, eps)
     return max_iter
+
+
+def _log_row_sums(out: SinkhornOutput, cost: Tensor, eps: float) -> Tensor:
+    """(N, n), also where the plan of a row is too small for its dtype."""
+    assert out.plan is not None
+    sums = out.plan.sum(2)
+    if sums.numel() > 0 and sums.min().item() > 1e-30:
+        return sums.log_()
+    n, m = cost.shape[1:]
+    exponents = out.f.unsqueeze(2) + out.g.unsqueeze(1) - cost
+    return exponents.div_(eps).logsumexp(2).sub_(math.log(n * m))
+
+
+# How many there are depends on the data: a compiled graph ends before the first and goes on after the last.
+iterations_until: Callable[[Solver, float, int, float], int] = torch.compiler.disable(_iterations_until)
