@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks, margins
+from ..margin_reference import margin_reference
 from ..margin_softmax import margin_softmax_loss
+from ._inputs import check_embeddings
 from ._metric_learning_base import IGNORED, AngularLoss, own_cosines
 
 __all__ = ["ArcFaceLoss", "CosFaceLoss", "SphereFaceLoss", "SubCenterArcFaceLoss"]
@@ -32,7 +34,26 @@ class _FusedLoss(AngularLoss):
         )
 
 
-class ArcFaceLoss(_FusedLoss):
+class _ArcFaceMargin(AngularLoss):
+    """A margin that is given in degrees, and kept in radians."""
+
+    def init_margin(self) -> None:
+        if not 0 <= _checks.check_finite(type(self).__name__, "margin", self.margin) <= 180:
+            raise _checks.wrong_value(type(self).__name__, "margin", "an angle from 0 to 180, in degrees", self.margin)
+        self.margin = math.radians(self.margin)
+
+    def modify_cosine_of_target_classes(self, cosine_of_target_classes: Tensor) -> Tensor:
+        if not self._is_changed("get_angles"):
+            return super().modify_cosine_of_target_classes(cosine_of_target_classes)
+        angles = self.get_angles(cosine_of_target_classes)
+        fallback = angles.cos() - self.margin * math.sin(self.margin)
+        return torch.where(angles <= math.pi - self.margin, (angles + self.margin).cos(), fallback)
+
+    def _margin(self) -> margins.Margin:
+        return margins.ArcFace(self.margin)
+
+
+class ArcFaceLoss(_FusedLoss, _ArcFaceMargin):
     r"""cos(theta + margin) for the own class, and cos(theta) - margin sin(margin) beyond theta = pi - margin.
 
     Large logits are never held: see :func:`otface_cuda.margin_softmax_loss`. The gradient is exact and finite, also
@@ -67,10 +88,7 @@ class ArcFaceLoss(_FusedLoss):
     def __init__(
         self, num_classes: int, embedding_size: int, margin: float = 28.6, scale: float = 64, **kwargs: Any
     ) -> None:
-        super().__init__(num_classes, embedding_size, _radians(type(self).__name__, margin), scale, **kwargs)
-
-    def _margin(self) -> margins.Margin:
-        return margins.ArcFace(self.margin)
+        super().__init__(num_classes, embedding_size, margin, scale, **kwargs)
 
 
 class CosFaceLoss(_FusedLoss):
@@ -85,6 +103,8 @@ class CosFaceLoss(_FusedLoss):
         self, num_classes: int, embedding_size: int, margin: float = 0.35, scale: float = 64, **kwargs: Any
     ) -> None:
         super().__init__(num_classes, embedding_size, margin, scale, **kwargs)
+
+    def init_margin(self) -> None:
         self._margin()
 
     def _margin(self) -> margins.Margin:
@@ -109,8 +129,22 @@ class SphereFaceLoss(AngularLoss):
     def __init__(
         self, num_classes: int, embedding_size: int, margin: float = 4, scale: float = 1, **kwargs: Any
     ) -> None:
-        super().__init__(num_classes, embedding_size, int(margin), scale, **kwargs)
+        super().__init__(num_classes, embedding_size, margin, scale, **kwargs)
+
+    def init_margin(self) -> None:
+        self.margin = int(self.margin)
         self._margin()
+
+    def modify_cosine_of_target_classes(self, cosine_of_target_classes: Tensor) -> Tensor:
+        if not self._is_changed("get_angles"):
+            return super().modify_cosine_of_target_classes(cosine_of_target_classes)
+        k = (self.get_angles(cosine_of_target_classes).detach() / (math.pi / self.margin)).floor()
+        of_multiple = margin_reference(cosine_of_target_classes, margins.CombinedMargin(self.margin))
+        return (1 - 2 * k.remainder(2)) * of_multiple.to(cosine_of_target_classes.dtype) - 2 * k
+
+    def scale_logits(self, logits: Tensor, embeddings: Tensor) -> Tensor:
+        length: Tensor = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True)
+        return super().scale_logits(logits, embeddings) * length
 
     def _margin(self) -> margins.Margin:
         return margins.SphereFace(self.margin)
@@ -120,7 +154,7 @@ class SphereFaceLoss(AngularLoss):
         return super()._logits(x, weight, labels) * length
 
 
-class SubCenterArcFaceLoss(AngularLoss):
+class SubCenterArcFaceLoss(_ArcFaceMargin):
     """:class:`ArcFaceLoss` with several weight vectors per class, of which the nearest counts.
 
     Deng, Guo, Liu, Gong, Zafeiriou: Sub-center ArcFace, ECCV 2020. The logits of all sub-centers
@@ -147,22 +181,28 @@ class SubCenterArcFaceLoss(AngularLoss):
         where = type(self).__name__
         classes = _checks.check_int(where, "num_classes", num_classes, 1)
         columns = classes * _checks.check_int(where, "sub_centers", sub_centers, 1)
-        super().__init__(columns, embedding_size, _radians(where, margin), scale, **kwargs)
+        super().__init__(columns, embedding_size, margin, scale, **kwargs)
         self.num_classes = classes
         self.sub_centers = sub_centers
 
-    def _margin(self) -> margins.Margin:
-        return margins.ArcFace(self.margin)
+    def get_cosine(self, embeddings: Tensor) -> Tensor:
+        return self._nearest(super().get_cosine(embeddings))
 
     def _logits(self, x: Tensor, weight: Tensor, labels: Tensor | None) -> Tensor:
         if labels is None:
             return self._nearest(super()._logits(x, weight, None))
         own = labels.clamp(0, self.num_classes - 1)
-        nearest = own_cosines(x.detach(), weight.detach(), labels, self.sub_centers).argmax(1)
-        column = own * self.sub_centers + nearest
+        column = own * self.sub_centers + self._nearest_of(x.detach(), weight.detach(), own)
         logits = super()._logits(x, weight, column.where(labels == own, IGNORED))
         # With its margin the nearest may not be the nearest any more: it counts all the same.
         return self._nearest(logits).scatter(1, own[:, None], logits.gather(1, column[:, None]))
+
+    def _nearest_of(self, x: Tensor, weight: Tensor, classes: Tensor) -> Tensor:
+        """(B,): which sub-center of these classes is nearest to each row of x; one of length 0 has cosine 0."""
+        centers = weight.unflatten(0, (self.num_classes, self.sub_centers)).index_select(0, classes).double()
+        products = torch.bmm(centers, x.double().unsqueeze(2)).squeeze(2)
+        lengths = torch.linalg.vector_norm(centers, dim=2).clamp_(min=torch.finfo(torch.float64).tiny)
+        return products.div_(lengths).argmax(1)
 
     def _nearest(self, logits: Tensor) -> Tensor:
         by_class: Tensor = logits.unflatten(1, (self.num_classes, self.sub_centers))
@@ -192,6 +232,8 @@ class SubCenterArcFaceLoss(AngularLoss):
         (tensor([1]), tensor([[1., 0.],
                 [0., 0.]]))
         """
+        check_embeddings(type(self).__name__, "embeddings", embeddings, self.embedding_size)
+        self.cast_types(embeddings.dtype, embeddings.device)
         x, weight = self._operands(embeddings)
         labels = self._labels(labels, embeddings)
         cosines = own_cosines(x, weight, labels, self.sub_centers)
@@ -207,9 +249,3 @@ class SubCenterArcFaceLoss(AngularLoss):
             return outliers
         centers = weight[torch.arange(self.num_classes, device=x.device) * self.sub_centers + dominant]
         return outliers, centers.where(votes.any(1, keepdim=True), 0).to(embeddings.dtype).t()
-
-
-def _radians(where: str, margin: Any) -> float:
-    if not 0 <= _checks.check_finite(where, "margin", margin) <= 180:
-        raise _checks.wrong_value(where, "margin", "an angle from 0 to 180, in degrees", margin)
-    return math.radians(margin)
