@@ -34,13 +34,13 @@ class Case(Library, ABC):
         """What is timed: the original and the replacement, with their results."""
 
 
-def differentiated(call: Callable[..., Tensor], *inputs: Tensor) -> Call:
-    """The sum of a result, and its gradients in the inputs."""
+def differentiated(call: Callable[..., Tensor], *inputs: Tensor, parameters: tuple[Tensor, ...] = ()) -> Call:
+    """The sum of a result, and its gradients in the inputs and in parameters."""
 
     def run() -> tuple[Tensor, ...]:
         leaves = [x.detach().requires_grad_() for x in inputs]
         total = call(*leaves).sum()
-        return total.detach(), *torch.autograd.grad(total, leaves)
+        return total.detach(), *torch.autograd.grad(total, [*leaves, *parameters])
 
     return run
 

@@ -158,8 +158,37 @@ def render_compat(result: dict[str, Any]) -> str:
         times = (f"{milliseconds(row[side]['median'])} ms" for side in ("original", "replacement"))
         title = row["title"] + (f"; {row['note']}" if row["note"] else "")
         lines.append([title, *times, f"{significant(row['ratio'])}x", f"{row['difference']:.0e}"])
-    packages = {f"{row['package']} {row['version']}" for row in rows if row["package"] != "torch"}
-    return markdown(lines, made(result, rows, sorted(packages)))
+    small = [row for row in result.get("small", []) if "ways" in row]
+    packages = {f"{row['package']} {row['version']}" for row in rows + small if row["package"] != "torch"}
+    made_how = made(result, rows + small, sorted(packages))
+    if not small:
+        return markdown(lines, made_how)
+    return markdown(lines, "") + markdown(small_lines(small), made_how)
+
+
+def small_lines(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Forward, and forward + backward: original, replacement, ratio."""
+    head = [
+        "small calls, one thread",
+        "original",
+        "replacement",
+        "ratio",
+        "with backward: original",
+        "replacement",
+        "ratio",
+    ]
+    lines = [head, ["---", *["---:"] * 6]]
+    for row in rows:
+        cells = []
+        for way in ("forward", "forward + backward"):
+            times = row["ways"].get(way)
+            if times is None:
+                cells += ["-"] * 3
+                continue
+            cells += [f"{significant(1e6 * times[side]['median'], 3)} us" for side in ("original", "replacement")]
+            cells.append(f"{significant(times['ratio'])}x")
+        lines.append([row["title"], *cells])
+    return lines
 
 
 def line(row: dict[str, Any], peers: list[str]) -> list[str]:
