@@ -25,9 +25,9 @@ def dist_batch(
         X1: (B, n1, d) samples, any float dtype, computed in float32 at least; integers count as torch's default dtype.
         X2: (B, n2, d); ``None``: those of X1.
         metric: ``"sqeuclidean"``, ``"euclidean"``, ``"minkowski"``: \|x - y\|_p, or ``"kl"``: sum_d y log(y / x), with
-            1e-10 added to what a logarithm is taken of. The first two come from a matrix product, and are never
-            negative (POT's can be, by rounding, and their root NaN). All distances have gradient 0 where samples
-            coincide (POT's is NaN).
+            1e-10 added to what a logarithm is taken of. The first two are those of
+            :func:`otface_cuda.sinkhorn_points`, never negative, and 0 for equal samples (POT's can be negative by
+            rounding, and their root NaN). All distances have gradient 0 where samples coincide (POT's is NaN).
         p: of ``"minkowski"``, positive.
         nx: only None; the backend is torch.
 
