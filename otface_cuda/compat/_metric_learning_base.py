@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 IGNORED = -100
 LIBRARY = "pytorch_metric_learning"
 # What a subclass may override to change the logits: then they are computed as in the original, by these.
-LOGIT_HOOKS = frozenset(
-    ("get_cosine", "get_angles", "get_target_mask", "modify_cosine_of_target_classes", "scale_logits")
-)
+LOGIT_HOOKS = ("get_cosine", "get_angles", "get_target_mask", "modify_cosine_of_target_classes", "scale_logits")
 # What is called in the original and not here.
 NOT_CALLED = (
     "get_cos_with_margin",
@@ -243,7 +241,7 @@ class AngularLoss(nn.Module, ABC):
 
     def _logits_are_changed(self) -> bool:
         changed = self._overrides_logits or self.cross_entropy is not None
-        return changed or not LOGIT_HOOKS.isdisjoint(self.__dict__)
+        return changed or any(name in self.__dict__ for name in LOGIT_HOOKS)
 
     def _losses_by_hooks(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """(B,), as the original computes it."""

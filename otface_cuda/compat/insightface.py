@@ -224,14 +224,14 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         where, x = "PartialFC_V2", local_embeddings
         weight: Tensor = self.weight
         check_embeddings(where, "local_embeddings", x, self.embedding_size)
-        check_goes_with(where, "local_embeddings", x, "weight", weight)
         labels = _flat_labels(where, "local_labels", local_labels, "local_embeddings", x)
         _checks.check_classes(where, labels, self.num_classes, name="local_labels")
-        if self.sample_rate < 1:
-            labels = self.sample(labels)
-            weight = weight[self.weight_index]
-        margin_loss = self.margin_softmax
         with torch.autocast("cuda", torch.float16, enabled=self.fp16 and x.is_cuda):
+            check_goes_with(where, "local_embeddings", x, "weight", weight)
+            if self.sample_rate < 1:
+                labels = self.sample(labels)
+                weight = weight[self.weight_index]
+            margin_loss = self.margin_softmax
             if _is_fused(margin_loss):
                 return margin_softmax_loss(x, weight, labels, margin=margin_loss.target_margin(), scale=margin_loss.s)
             cosines = cosine_margin_logits(x, weight, labels, margin=margins.CosFace(0.0), scale=1.0)
