@@ -637,6 +637,18 @@ A, B, M = torch.full((2,), 0.5), torch.full((3,), 1 / 3), torch.zeros(2, 3)
         (lambda: pot.sinkhorn(A, B, M.bool(), 1.0), TypeError, r"sinkhorn: `M` must be float64, float32"),
         (lambda: pot.solve_sample_batch(M[None], M[None].double(), 1.0), TypeError, r"solve_sample_batch: `X_b`"),
         (
+            lambda: pot.solve_sample_batch(M[None], M[None, :0], 1.0),
+            ValueError,
+            r"solve_sample_batch: `X_b` must be at",
+        ),
+        (lambda: pot.solve_sample_batch(M[None], M[None], -1.0), ValueError, r"solve_sample_batch: `reg` must be pos"),
+        (lambda: pot.solve_sample_batch(M[None], M[None], 1.0, B), ValueError, r"solve_sample_batch: `a` must be of"),
+        (
+            lambda: pot.loss_linear_samples_batch(M[None], M[None], M[None]),
+            ValueError,
+            r"loss_linear_samples_batch: `T` must be of a shape that goes with the costs', \(1, 2, 2\)",
+        ),
+        (
             lambda: pot.loss_linear_samples_batch(M[None], M[None], M[None], "x"),
             ValueError,
             r"loss_linear_samples_batch: `metric` must be",

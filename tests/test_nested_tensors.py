@@ -90,7 +90,6 @@ TARGETS = [
         OF_SAMPLES,
         {"reg": 1.0},
         ("X_a", "X_b", "a", "b"),
-        {name: ("solve_batch", name) for name in ("a", "b", *LENGTHS)},
     ),
     Target(pot.dist_batch, "dist_batch", {"X1": rand(B, N, D), "X2": rand(B, M, D)}, {}),
     Target(pot.loss_linear_batch, "loss_linear_batch", {"M": rand(B, N, M), "T": rand(B, N, M)}, {}),

@@ -158,7 +158,67 @@ def solve_batch(
     >>> torch.equal(M.grad, res.plan)
     True
     """
-    where = "solve_batch"
+    return _solve("solve_batch", M, reg, a, b, max_iter, tol, method, reg_type, grad, row_lengths, col_lengths)
+
+
+def solve_sample_batch(
+    X_a: Tensor,
+    X_b: Tensor,
+    reg: float | Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    metric: str = "sqeuclidean",
+    p: float = 2,
+    max_iter: int = 1000,
+    tol: float = 1e-5,
+    method: str = "auto",
+    inner_iter: int = 1,
+    inner_reg: float = 1e-3,
+    reg_type: str = "entropy",
+    grad: str = "envelope",
+    *,
+    row_lengths: Tensor | None = None,
+    col_lengths: Tensor | None = None,
+) -> OTResult:
+    """`ot.batch.solve_sample_batch` of POT: :func:`solve_batch` of :func:`dist_batch`.
+
+    Args:
+        X_a: (B, ns, d) samples; what is past `row_lengths` may hold anything.
+        X_b: (B, nt, d).
+        metric, p: as in :func:`dist_batch`.
+        reg, a, b, max_iter, tol, method, inner_iter, inner_reg, reg_type, grad, row_lengths, col_lengths: as in
+            :func:`solve_batch`.
+
+    >>> x = torch.tensor([[[0.0, 0.0], [1.0, 0.0]]])
+    >>> solve_sample_batch(x, x.flip(1), reg=0.1).plan
+    tensor([[[2.2699e-05, 4.9998e-01],
+             [4.9998e-01, 2.2699e-05]]])
+    """
+    where = "solve_sample_batch"
+    X_a, X_b, metric = checked_points(where, ("X_a", "X_b"), (X_a, X_b), metric, takes_lengths=True)
+    for name, points in (("X_a", X_a), ("X_b", X_b)):
+        if points.shape[1] == 0:
+            raise _checks.wrong_value(where, name, "at least one sample", points)
+        _checks.check_has_kernels(where, name, points)
+    M = cost_of(where, _without_padding(X_a, row_lengths), _without_padding(X_b, col_lengths), metric, p)
+    return _solve(where, M, reg, a, b, max_iter, tol, method, reg_type, grad, row_lengths, col_lengths)
+
+
+def _solve(
+    where: str,
+    M: Tensor,
+    reg: float | Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    max_iter: int,
+    tol: float,
+    method: str,
+    reg_type: str,
+    grad: str,
+    row_lengths: Tensor | None,
+    col_lengths: Tensor | None,
+) -> OTResult:
+    """Messages begin with the name `where` of the user's function."""
     M = floating(where, "M", M, "(B, ns, nt)", 3, takes_lengths=True)
     _checks.check_has_kernels(where, "M", M)
     for name, weights in (("a", a), ("b", b)):
@@ -226,59 +286,6 @@ def _differentiable(solve: Solver, start: Tensor | None, run: Run, grad: str, un
         return solve(run.n_iter, start, grad="unrolled")
     with torch.no_grad():
         return run.out or solve(run.n_iter, start)
-
-
-def solve_sample_batch(
-    X_a: Tensor,
-    X_b: Tensor,
-    reg: float | Tensor | None = None,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
-    metric: str = "sqeuclidean",
-    p: float = 2,
-    max_iter: int = 1000,
-    tol: float = 1e-5,
-    method: str = "auto",
-    inner_iter: int = 1,
-    inner_reg: float = 1e-3,
-    reg_type: str = "entropy",
-    grad: str = "envelope",
-    *,
-    row_lengths: Tensor | None = None,
-    col_lengths: Tensor | None = None,
-) -> OTResult:
-    """`ot.batch.solve_sample_batch` of POT: :func:`solve_batch` of :func:`dist_batch`.
-
-    Args:
-        X_a: (B, ns, d) samples; what is past `row_lengths` may hold anything.
-        X_b: (B, nt, d).
-        metric, p: as in :func:`dist_batch`.
-        reg, a, b, max_iter, tol, method, inner_iter, inner_reg, reg_type, grad, row_lengths, col_lengths: as in
-            :func:`solve_batch`.
-
-    >>> x = torch.tensor([[[0.0, 0.0], [1.0, 0.0]]])
-    >>> solve_sample_batch(x, x.flip(1), reg=0.1).plan
-    tensor([[[2.2699e-05, 4.9998e-01],
-             [4.9998e-01, 2.2699e-05]]])
-    """
-    where = "solve_sample_batch"
-    X_a, X_b, metric = checked_points(where, ("X_a", "X_b"), (X_a, X_b), metric, takes_lengths=True)
-    M = cost_of(where, _without_padding(X_a, row_lengths), _without_padding(X_b, col_lengths), metric, p)
-    return solve_batch(
-        M,
-        reg,
-        a,
-        b,
-        max_iter,
-        tol,
-        method,
-        inner_iter,
-        inner_reg,
-        reg_type,
-        grad,
-        row_lengths=row_lengths,
-        col_lengths=col_lengths,
-    )
 
 
 def _full_weights(weights: Tensor | None, lengths: Tensor | None, M: Tensor, size: int) -> Tensor:

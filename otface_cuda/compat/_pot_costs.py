@@ -58,8 +58,7 @@ def loss_linear_batch(M: Tensor, T: Tensor, nx: None = None) -> Tensor:
     where = "loss_linear_batch"
     _check_nx(where, nx)
     M, T = floating(where, "M", M, "(B, ns, nt)", 3), floating(where, "T", T, "(B, ns, nt)", 3)
-    if M.shape != T.shape and any(m != t and 1 not in (m, t) for m, t in zip(M.shape, T.shape, strict=True)):
-        raise _checks.wrong_value(where, "T", f"of a shape that goes with that of `M`, {tuple(M.shape)}", T)
+    _check_goes_with(where, T, M, "that of `M`")
     return linear(M, T)
 
 
@@ -71,7 +70,10 @@ def loss_linear_samples_batch(X: Tensor, Y: Tensor, T: Tensor, metric: str = "sq
     """
     where = "loss_linear_samples_batch"
     x, y, metric = checked_points(where, ("X", "Y"), (X, Y), metric)
-    return loss_linear_batch(cost_of(where, x, y, metric, 2), T)
+    T = floating(where, "T", T, "(B, ns, nt)", 3)
+    M = cost_of(where, x, y, metric, 2)
+    _check_goes_with(where, T, M, "the costs'")
+    return linear(M, T)
 
 
 def cost_of(where: str, x: Tensor, y: Tensor, metric: str, p: float) -> Tensor:
@@ -106,10 +108,17 @@ def _written_out(x: Tensor, y: Tensor, metric: str, p: float) -> Tensor:
 
 def linear(M: Tensor, T: Tensor) -> Tensor:
     """<M, T> of each problem. Where there is no plan M may be infinite."""
-    total = (M * T).sum((1, 2))
-    if _can_look(total) and torch.equal(total, total):  # no NaN, as nearly always
-        return total
+    if _can_look(M):
+        total = (M * T).sum((1, 2))
+        if torch.equal(total, total):  # no NaN, as nearly always
+            return total
     return (M.masked_fill(M.isposinf() & (T == 0), 0.0) * T).sum((1, 2))
+
+
+def _check_goes_with(where: str, T: Tensor, M: Tensor, whose: str) -> None:
+    """Of shapes that are expanded to each other."""
+    if M.shape != T.shape and any(m != t and 1 not in (m, t) for m, t in zip(M.shape, T.shape, strict=True)):
+        raise _checks.wrong_value(where, "T", f"of a shape that goes with {whose}, {tuple(M.shape)}", T)
 
 
 def _can_look(x: Tensor) -> bool:
