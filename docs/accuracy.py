@@ -56,7 +56,7 @@ def rebuilds(cost: Tensor, eps: Tensor, iterations: int) -> Tensor:
     weights = lengths = (None, None)
     tol, init, check_every, want_plan, want_history = torch.zeros_like(eps), None, 10, False, True
     *_, rebuilt = torch.ops.otface.sinkhorn_forward(
-        cost, eps, *weights, tol, *lengths, init, iterations, check_every, want_plan, want_history
+        cost, eps, *weights, tol, *lengths, init, iterations, check_every, want_plan, want_history, math.inf
     )
     return rebuilt.sum(1) - 1  # the first K counts as rebuilt, too
 

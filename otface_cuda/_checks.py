@@ -17,6 +17,11 @@ HAS_CUDA_KERNELS = "cuda" in build_info()  # asked once: torch.compile could not
 HOW_TO_GET_CUDA_KERNELS = f"{how_to_get_cuda_kernels()} (`python -m otface_cuda` shows why it has none)"
 COST_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GRADIENT_MODES = ("envelope", "unrolled", "implicit")
+FLOAT32_EPS = torch.finfo(torch.float32).eps
+SMALLEST, LARGEST = math.ulp(0.0), torch.finfo(torch.float64).max  # of the positive finite float64
+WRONG_ENTRY, NO_MASS, UNEQUAL_MASSES = 1, 2, 3  # what csrc/torch/value_checks.cpp finds
+
+_ops = torch.ops.otface
 
 
 def describe(x: Any) -> str:
@@ -115,6 +120,11 @@ def check_choice(where: str, name: str, x: Any, choices: Sequence[str]) -> None:
 
 def per_problem(where: str, name: str, x: Any, batch: int, like_name: str, like: Tensor, *, positive: bool) -> Tensor:
     """A float, or a tensor with one number per problem, as (batch,) float64. Gradients do not pass through it."""
+    return numbers(where, name, x, batch, like_name, like, positive=positive).expand(batch)
+
+
+def numbers(where: str, name: str, x: Any, batch: int, like_name: str, like: Tensor, *, positive: bool) -> Tensor:
+    """As :func:`per_problem`, but (), as the operators take it, where all problems have the same."""
     expected = "a positive float" if positive else "a float of at least 0"
     if isinstance(x, Tensor):
         if x.is_complex() or x.dtype == torch.bool:
@@ -128,27 +138,24 @@ def per_problem(where: str, name: str, x: Any, batch: int, like_name: str, like:
             raise wrong_value(where, name, f"{expected} or a tensor of shape ({batch},)", x)
         if x.dim() > 0 or x.device.type != "cpu":  # one number may come from the CPU
             check_device(where, name, x, like_name, like)
-        values = x.to(torch.float64).expand(batch)
+        values = x.to(torch.float64)
         if checks_data(values):
-            wrong = ~(values > 0) if positive else ~(values >= 0)
-            wrong |= ~values.isfinite()
-            if wrong.any():
-                k = int(wrong.nonzero()[0])
+            k = _ops.first_outside(on_cpu(values.expand(batch)), SMALLEST if positive else 0.0, LARGEST)
+            if k >= 0:
                 raise ValueError(
-                    f"{where}: `{name}` must be positive and finite, got {values[k].item()} for problem {k}"
-                    if positive
-                    else f"{where}: `{name}` must be at least 0 and finite, got {values[k].item()} for problem {k}"
+                    f"{where}: `{name}` must be {'positive' if positive else 'at least 0'} and finite, "
+                    f"got {values.expand(batch)[k].item()} for problem {k}"
                 )
         if values.device == like.device:
             return values
         # By arithmetic, which hands the number to the GPU with the launch: a copy from the CPU would wait for it.
-        return (torch.zeros((), dtype=torch.float64, device=like.device) + x).expand(batch)
+        return torch.zeros((), dtype=torch.float64, device=like.device) + x
     if isinstance(x, bool) or not isinstance(x, (Real, torch.SymFloat, torch.SymInt)):
         raise wrong_type(where, name, f"{expected} or a tensor of shape ({batch},)", x)
     number = float(x)
     if not ((number > 0 if positive else number >= 0) and number < math.inf):
         raise wrong_value(where, name, "positive and finite" if positive else "at least 0 and finite", x)
-    return torch.full((), number, dtype=torch.float64, device=like.device).expand(batch)
+    return torch.full((), number, dtype=torch.float64, device=like.device)
 
 
 def check_setting_per_problem(where: str, name: str, x: Any, *, positive: bool) -> None:
@@ -170,6 +177,11 @@ def checks_data(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return x.is_cpu or (os.environ.get("OTFACE_CHECK") == "1" and not x.is_meta)
+
+
+def on_cpu(x: Any) -> Any:
+    """The tensor, or nothing, where the host can look at it."""
+    return x.cpu() if isinstance(x, Tensor) and x.device.type != "cpu" else x
 
 
 def class_labels(where: str, x: Any, like_name: str, like: Tensor, name: str = "labels") -> Tensor:
@@ -226,9 +238,8 @@ def lengths(
     check_device(where, name, x, like_name, like)
     x = x.to(torch.int64)
     if checks_data(x):
-        wrong = (x < 1) | (x > size)
-        if wrong.any():
-            k = int(wrong.nonzero()[0])
+        k = _ops.first_outside(on_cpu(x), 1.0, float(size))
+        if k >= 0:
             raise ValueError(f"{where}: `{name}` must be between 1 and {size}, got {int(x[k])} for problem {k}")
     return x.contiguous()
 
@@ -255,39 +266,44 @@ def weights(
     if x.shape not in ((size,), (batch, size)) or (x.dim() == 2 and not batched):
         raise wrong_value(where, name, expected, x)
     check_device(where, name, x, like_name, like)
-    return x.expand(batch, size)
+    return x.expand(batch, size) if batched and x.dim() == 1 else x
 
 
-def check_weights_data(
-    where: str,
-    given: dict[str, tuple[Tensor, Tensor | None]],
-) -> None:
+def mass_tolerance(*given: Tensor) -> float:
+    """How far the masses of weights may be apart, relative to the larger: what rounding can do in the coarsest of their
+    dtypes, where float64 counts as float32, since such weights may have been computed in that.
+
+    Each side: 1/2 eps by rounding of its entries, another by rounding of the sum they were divided by, and what adding
+    up in float32 may lose: half of its digits for both sides, more than sums of 10^7 entries do.
+    """
+    coarsest = max(FLOAT32_EPS, *(torch.finfo(x.dtype).eps for x in given))
+    return 2 * coarsest + math.sqrt(FLOAT32_EPS)
+
+
+def check_weights_data(where: str, given: dict[str, tuple[Tensor, Tensor | None]], tolerance: float) -> None:
     """`given`: the weights by name, with their lengths. Not negative, finite, of positive and equal mass."""
-    masses: dict[str, Tensor] = {}
-    for name, (x, length) in given.items():
-        if not checks_data(x):
-            return
-        valid = x.detach().double()
-        if length is not None:
-            valid = torch.where(torch.arange(x.shape[1], device=x.device) < length[:, None], valid, 0.0)
-        wrong = ~((valid >= 0) & valid.isfinite())
-        if wrong.any():
-            k, i = (int(index) for index in wrong.nonzero()[0])
-            raise ValueError(
-                f"{where}: `{name}` must be finite and not negative, got {x[k, i].item()} at entry {i} of problem {k}"
-            )
-        masses[name] = valid.sum(1)
-        if not (masses[name] > 0).all():
-            k = int((masses[name] <= 0).nonzero()[0])
-            raise ValueError(f"{where}: `{name}` must have a positive sum, got 0 for problem {k}")
-    if len(masses) == 2:
-        (name_a, mass_a), (name_b, mass_b) = zip(masses, torch.broadcast_tensors(*masses.values()), strict=True)
-        # Half of the digits of the coarser dtype: more than rounding can do, less than a forgotten normalisation does.
-        coarsest = max(torch.finfo(x.dtype).eps for x, _ in given.values())
-        wrong = (mass_a - mass_b).abs() > math.sqrt(coarsest) * torch.maximum(mass_a, mass_b)
-        if wrong.any():
-            k = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"{where}: `{name_a}` and `{name_b}` must have equal sums, "
-                f"got {mass_a[k].item():.9g} and {mass_b[k].item():.9g} for problem {k}"
-            )
+    if not given or not all(checks_data(x) for x, _ in given.values()):
+        return
+    names = list(given)
+    sides = [on_cpu(x) for side in given.values() for x in side]
+    fault, side, problem, entry, x, y = _ops.weights_fault(*sides, *[None] * (4 - len(sides)), tolerance)
+    if fault == WRONG_ENTRY:
+        raise ValueError(
+            f"{where}: `{names[side]}` must be finite and not negative, got {x} at entry {entry} of problem {problem}"
+        )
+    if fault == NO_MASS:
+        raise ValueError(f"{where}: `{names[side]}` must have a positive sum, got 0 for problem {problem}")
+    if fault == UNEQUAL_MASSES:
+        raise ValueError(
+            f"{where}: `{names[0]}` and `{names[1]}` must have equal sums, got {x:.9g} and {y:.9g} for problem {problem}"
+        )
+
+
+@torch.library.register_fake("otface::first_outside")
+def _(x, least, most):  # type: ignore[no-untyped-def]
+    return -1
+
+
+@torch.library.register_fake("otface::weights_fault")
+def _(a, a_lengths, b, b_lengths, tolerance):  # type: ignore[no-untyped-def]
+    return 0, 0, 0, 0, 0.0, 0.0

@@ -22,11 +22,11 @@ IMPLICIT_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-7}
 class Problems(NamedTuple):
     """What every operator of the family takes first."""
 
-    cost: Tensor  # (B, n, m)
-    eps: Tensor  # (B,) float64
+    cost: Tensor  # (B, n, m), or (n, m): then nothing else has a B either
+    eps: Tensor  # (B,) or () float64
     a: Tensor | None  # (B, n), in the dtype of the arithmetic, or None for uniform weights
     b: Tensor | None  # (B, m)
-    row_lengths: Tensor | None  # (B,) int64
+    row_lengths: Tensor | None  # (B,) int64, (1,) without a batch
     col_lengths: Tensor | None
 
 
@@ -36,6 +36,7 @@ class Settings(NamedTuple):
     check_every: int
     grad: str  # "envelope", "unrolled" or "implicit"
     return_plan: bool
+    mass_tolerance: float  # how far the masses of a and b may be apart, relative to the larger
 
 
 class Solution(NamedTuple):
@@ -72,7 +73,7 @@ def solve(problems: Problems, tol: Tensor, init_g: Tensor | None, settings: Sett
     return Solution(
         *_ops.sinkhorn_forward(
             p.cost, p.eps, p.a, p.b, tol, p.row_lengths, p.col_lengths, init_g, s.max_iter, s.check_every,
-            s.return_plan, want_history,
+            s.return_plan, want_history, s.mass_tolerance,
         )
     )  # fmt: skip
 
@@ -208,32 +209,32 @@ class Sinkhorn(torch.autograd.Function):
 
 
 @torch.library.register_fake("otface::sinkhorn_forward")
-def _(cost, eps, a, b, tol, row_lengths, col_lengths, init_g, max_iter, check_every, want_plan, want_history):  # type: ignore[no-untyped-def]
-    B, n, m = cost.shape
+def _(cost, eps, a, b, tol, row_lengths, col_lengths, init_g, max_iter, check_every, want_plan, want_history, _):  # type: ignore[no-untyped-def]
+    *B, n, m = cost.shape
     real = real_dtype(cost)
     new = cost.new_empty
     return (
-        new((B,), dtype=real),
-        new((B,), dtype=real),
-        new((B, n), dtype=real),
-        new((B, m), dtype=real),
-        new((B, n, m) if want_plan else (0,), dtype=real),
-        new((B,), dtype=real),
-        new((B,), dtype=torch.int64),
-        new((B,), dtype=torch.bool),
-        new((B, n + m), dtype=torch.float64),
-        new((B, max_iter, m + torch.sym_max(n, m)) if want_history else (0,), dtype=real),
-        new((B, max_iter) if want_history else (0,), dtype=torch.uint8),
+        new(B, dtype=real),
+        new(B, dtype=real),
+        new((*B, n), dtype=real),
+        new((*B, m), dtype=real),
+        new((*B, n, m) if want_plan else (0,), dtype=real),
+        new(B, dtype=real),
+        new(B, dtype=torch.int64),
+        new(B, dtype=torch.bool),
+        new((*B, n + m), dtype=torch.float64),
+        new((*B, max_iter, m + torch.sym_max(n, m)) if want_history else (0,), dtype=real),
+        new((*B, max_iter) if want_history else (0,), dtype=torch.uint8),
     )
 
 
 def _fake_gradients(cost: Tensor, want_cost: bool, want_a: bool, want_b: bool) -> tuple[Tensor, Tensor, Tensor]:
-    B, n, m = cost.shape
+    *B, n, m = cost.shape
     real = real_dtype(cost)
     return (
-        cost.new_empty((B, n, m) if want_cost else (0,), dtype=real),
-        cost.new_empty((B, n) if want_a else (0,), dtype=real),
-        cost.new_empty((B, m) if want_b else (0,), dtype=real),
+        cost.new_empty((*B, n, m) if want_cost else (0,), dtype=real),
+        cost.new_empty((*B, n) if want_a else (0,), dtype=real),
+        cost.new_empty((*B, m) if want_b else (0,), dtype=real),
     )
 
 
@@ -249,4 +250,4 @@ def _(cost, *args):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("otface::sinkhorn_implicit_backward")
 def _(cost, *args):  # type: ignore[no-untyped-def]
-    return *_fake_gradients(cost, *args[-3:]), cost.new_empty((cost.shape[0],), dtype=torch.bool)
+    return *_fake_gradients(cost, *args[-3:]), cost.new_empty(cost.shape[:-2], dtype=torch.bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -65,12 +66,16 @@ def sinkhorn(
             batch stride of 0 shares one matrix). Half types are read as they are and computed in float32. ``+inf``
             forbids a pair.
         eps: strength of the entropy, in units of the cost; a float or (B,).
-        a: weights of the rows, (B, n) or (n,); ``None``: uniform. Any positive total mass, the same as that of ``b``.
+        a: weights of the rows, (B, n) or (n,); ``None``: uniform. Any positive total mass, the same as that of ``b`` to
+            the rounding of the coarser of their dtypes, where float64 counts as float32: the masses may differ by
+            2 eps(dtype) + 3.5e-4 of the larger. Nothing is scaled: the columns of the plan sum to b, and ``error``
+            stays at or above the difference.
         b: weights of the columns, (B, m) or (m,); ``None``: uniform.
         max_iter: iterations at most. One iteration updates f, then g.
-        tol: a problem stops when its ``error`` is at most this, a float or (B,). 0 does exactly ``max_iter``. Where one
-            that is given is not reached, a :class:`otface_cuda.ConvergenceWarning` says so, once for each line that
-            calls (on CUDA only with ``OTFACE_CHECK=1``, and not in a compiled graph).
+        tol: a problem stops when its ``error`` is at most this, a float or (B,); one that stopped before ``max_iter``
+            has converged. 0 does exactly ``max_iter``. Where one that is given is not reached, a
+            :class:`otface_cuda.ConvergenceWarning` says so, once for each line that calls (on CUDA only with
+            ``OTFACE_CHECK=1``, and not in a compiled graph).
         check_every: iterations between two looks at the error.
         row_lengths: (B,) integers; problem k has only its first ``row_lengths[k]`` rows. Padding gets zero plan,
             potentials and gradients, and may hold anything.
@@ -97,7 +102,8 @@ def sinkhorn(
     Raises:
         TypeError, ValueError: the message names the argument, what was expected and what came. Values on a CUDA device
             are looked at only if the environment has ``OTFACE_CHECK=1``, because that waits for the device; without it
-            nothing does, so that calls can be captured in a CUDA graph, and a wrong value gives NaN in its own problem.
+            nothing does, so that calls can be captured in a CUDA graph, and a wrong value gives NaN in its own problem;
+            so it does in a compiled graph.
         RuntimeError: in backward, for a gradient that ``grad`` does not have.
 
     >>> cost = torch.tensor([[[0.0, 1.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 1.0]]], requires_grad=True)
@@ -252,28 +258,23 @@ def _check_and_solve(
     Messages begin with the name `where` of the user's function, and call what the user gave `source_name`.
     """
     batched = cost.dim() == 3
-    costs = cost if batched else cost[None]
-    batch, n, m = costs.shape
+    batch, (n, m) = cost.shape[0] if batched else 1, cost.shape[-2:]
     if n == 0 or m == 0:
         raise _checks.wrong_value(where, source_name, "at least 1 x 1", cost)
     _checks.check_choice(where, "grad", grad, _checks.GRADIENT_MODES)
     _checks.check_bool(where, "return_plan", return_plan)
-    settings = autograd.Settings(
-        where,
-        _checks.check_int(where, "max_iter", max_iter, 1),
-        _checks.check_int(where, "check_every", check_every, 1),
-        grad,
-        return_plan,
-    )
-    eps = _checks.per_problem(where, "eps", eps, batch, source_name, source, positive=True)
-    tol = _checks.per_problem(where, "tol", tol, batch, source_name, source, positive=False)
+    max_iter = _checks.check_int(where, "max_iter", max_iter, 1)
+    check_every = _checks.check_int(where, "check_every", check_every, 1)
+    eps = _checks.numbers(where, "eps", eps, batch, source_name, source, positive=True)
+    tol = _checks.numbers(where, "tol", tol, batch, source_name, source, positive=False)
     if not batched:
         row_lengths, col_lengths = (_unsqueeze_scalar(x) for x in (row_lengths, col_lengths))
     rows = _checks.lengths(where, "row_lengths", row_lengths, batch, n, source_name, source)
     cols = _checks.lengths(where, "col_lengths", col_lengths, batch, m, source_name, source)
-    a, b = _weights(where, source_name, a, b, costs, batched, rows, cols)
-    init_g = _init_g(where, source_name, init, costs, batched)
-    return _solve(autograd.Problems(costs, eps, a, b, rows, cols), tol, init_g, settings, batched)
+    a, b, mass_tolerance = _weights(where, source_name, a, b, cost, rows, cols)
+    init_g = _init_g(where, source_name, init, cost)
+    settings = autograd.Settings(where, max_iter, check_every, grad, return_plan, mass_tolerance)
+    return _solve(autograd.Problems(cost, eps, a, b, rows, cols), tol, init_g, settings)
 
 
 def _without_padding(points: Tensor, lengths: Any) -> Tensor:
@@ -299,72 +300,76 @@ def _weights(
     source_name: str,
     a: Tensor | None,
     b: Tensor | None,
-    costs: Tensor,
-    batched: bool,
+    cost: Tensor,
     rows: Tensor | None,
     cols: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """a (B, n) and b (B, m) in the dtype of the arithmetic, or None where both are uniform."""
-    batch, n, m = costs.shape
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """a (B, n) and b (B, m), or (n,) and (m,) for a single problem, in the dtype of the arithmetic, and how far their
+    masses may be apart. None where both are uniform.
+    """
     if a is None and b is None:
-        return None, None
+        return None, None, math.inf
+    batched = cost.dim() == 3
+    batch, (n, m) = cost.shape[0] if batched else 1, cost.shape[-2:]
     given: dict[str, tuple[Tensor, Tensor | None]] = {}
     if a is not None:
-        given["a"] = _checks.weights(where, "a", a, batch, n, batched, source_name, costs), rows
+        given["a"] = _checks.weights(where, "a", a, batch, n, batched, source_name, cost), rows
     if b is not None:
-        given["b"] = _checks.weights(where, "b", b, batch, m, batched, source_name, costs), cols
-    _checks.check_weights_data(where, given)
-    real = autograd.real_dtype(costs)
-    full = {name: x.to(real) for name, (x, _) in given.items()}
+        given["b"] = _checks.weights(where, "b", b, batch, m, batched, source_name, cost), cols
+    tolerance = _checks.mass_tolerance(*(x for x, _ in given.values()))
+    _checks.check_weights_data(where, given, tolerance)
+    real = autograd.real_dtype(cost)
+    full = {name: x if x.dtype == real else x.to(real) for name, (x, _) in given.items()}
     if "a" not in full:
         full["a"] = _uniform_like(full["b"], cols, n, rows)
     if "b" not in full:
         full["b"] = _uniform_like(full["a"], rows, m, cols)
-    return full["a"], full["b"]
+    return full["a"], full["b"], tolerance
 
 
 def _uniform_like(other: Tensor, other_lengths: Tensor | None, size: int, lengths: Tensor | None) -> Tensor:
-    """Uniform weights (B, size) of the mass of the other side. Entries past the length are never read."""
+    """Uniform weights (B, size), or (size,), of the mass of the other side. Entries past the length are never read."""
     real, other = other.dtype, other.detach().double()
     if other_lengths is not None:
-        other = torch.where(torch.arange(other.shape[1], device=other.device) < other_lengths[:, None], other, 0.0)
-    mass = other.sum(1, keepdim=True)
-    counts = size if lengths is None else lengths[:, None]
-    return (mass / counts).to(real).expand(-1, size)
+        places = torch.arange(other.shape[-1], device=other.device)
+        other = torch.where(places < _per_row(other_lengths, other), other, 0.0)
+    mass = other.sum(-1, keepdim=True)
+    counts = size if lengths is None else _per_row(lengths, other)
+    return (mass / counts).to(real).expand(*mass.shape[:-1], size)
+
+
+def _per_row(lengths: Tensor, weights: Tensor) -> Tensor:
+    """Lengths (B,) to go with weights (B, n); (1,) go with (n,) as they are."""
+    return lengths if weights.dim() == 1 else lengths[:, None]
 
 
 def _init_g(
     where: str,
     source_name: str,
     init: SinkhornOutput | tuple[Tensor | None, Tensor] | None,
-    costs: Tensor,
-    batched: bool,
+    cost: Tensor,
 ) -> Tensor | None:
     if init is None:
         return None
-    batch, _, m = costs.shape
+    shape = (*cost.shape[:-2], cost.shape[-1])
     if isinstance(init, SinkhornOutput):
         g: Any = init.g
     elif isinstance(init, tuple) and len(init) == 2:
         g = init[1]
     else:
         raise _checks.wrong_type(where, "init", "a SinkhornOutput or a pair (f, g)", init)
-    expected = f"(f, g) with g of shape {(batch, m) if batched else (m,)}"
+    expected = f"(f, g) with g of shape {shape}"
     if not isinstance(g, Tensor) or not g.is_floating_point():
         raise _checks.wrong_type(where, "init", expected, g)
     _checks.check_dense(where, "init", g)
-    if g.shape != ((batch, m) if batched else (m,)):
+    if g.shape != shape:
         raise _checks.wrong_value(where, "init", expected, g)
-    _checks.check_device(where, "init", g, source_name, costs)
-    return g.detach().to(autograd.real_dtype(costs)).reshape(batch, m).contiguous()
+    _checks.check_device(where, "init", g, source_name, cost)
+    return g.detach().to(autograd.real_dtype(cost)).contiguous()
 
 
 def _solve(
-    problems: autograd.Problems,
-    tol: Tensor,
-    init_g: Tensor | None,
-    settings: autograd.Settings,
-    batched: bool,
+    problems: autograd.Problems, tol: Tensor, init_g: Tensor | None, settings: autograd.Settings
 ) -> SinkhornOutput:
     p = problems
     if autograd.needs_graph(p.cost, p.a, p.b):
@@ -373,6 +378,4 @@ def _solve(
         outputs = autograd.solve(p, tol, init_g, settings, want_history=False)[:8]
     value, transport_cost, f, g, plan, error, n_iter, converged = outputs
     kept_plan = plan if settings.return_plan else None
-    # Not by _replace, which torch.compile of torch 2.11 cannot trace.
-    out = SinkhornOutput(value, transport_cost, f, g, kept_plan, error, n_iter, converged)
-    return out if batched else SinkhornOutput(*(None if x is None else x[0] for x in out))  # type: ignore[arg-type]
+    return SinkhornOutput(value, transport_cost, f, g, kept_plan, error, n_iter, converged)

@@ -7,6 +7,7 @@ here may wait for the device, so every listed pair is solved there, also one tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -101,8 +102,8 @@ def sinkhorn_pairs(
     chunk_bytes = _checks.check_int(where, "chunk_bytes", chunk_bytes, 1)
     eps = _checks.per_problem(where, "eps", eps, count, "features", features, positive=True)
     tols = _checks.per_problem(where, "tol", tol, count, "features", features, positive=False)
-    a, b = _weights(where, a, b, count, features)
-    arguments = (features, pairs, eps, a, b, tols, metric, max_iter, check_every, grad, chunk_bytes)
+    a, b, mass_tolerance = _weights(where, a, b, count, features)
+    arguments = (features, pairs, eps, a, b, tols, metric, max_iter, check_every, grad, chunk_bytes, mass_tolerance)
     if autograd.needs_graph(features, a, b):
         outputs = _SinkhornPairs.apply(*arguments)
     else:
@@ -114,23 +115,27 @@ def sinkhorn_pairs(
 
 def _weights(
     where: str, a: Tensor | None, b: Tensor | None, count: int, features: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """a and b as (K, p), or (1, p) for all pairs alike, in the dtype of the arithmetic; both or neither."""
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """a and b as (K, p), or (1, p) for all pairs alike, in the dtype of the arithmetic, both or neither.
+
+    And how far their masses may be apart.
+    """
     points = features.shape[1]
     given: dict[str, tuple[Tensor, Tensor | None]] = {}
     for name, x in (("a", a), ("b", b)):
         if x is not None:
             _checks.weights(where, name, x, count, points, True, "features", features, takes_lengths=False)
             given[name] = (x if x.dim() == 2 else x[None]), None
-    _checks.check_weights_data(where, given)
     if not given:
-        return None, None
+        return None, None, math.inf
+    tolerance = _checks.mass_tolerance(*(x for x, _ in given.values()))
+    _checks.check_weights_data(where, given, tolerance)
     real = autograd.real_dtype(features)
     full = {name: x.to(real) for name, (x, _) in given.items()}
     for name, other in (("a", "b"), ("b", "a")):
         if name not in full:
             full[name] = (full[other].detach().sum(1, keepdim=True) / points).expand(-1, points)
-    return full["a"], full["b"]
+    return full["a"], full["b"], tolerance
 
 
 class _SinkhornPairs(torch.autograd.Function):
@@ -206,9 +211,12 @@ class PairSettings(NamedTuple):
     check_every: int
     grad: str
     chunk_bytes: int
+    mass_tolerance: float = math.inf  # there may be no weights
 
     def for_solver(self) -> autograd.Settings:
-        return autograd.Settings("sinkhorn_pairs", self.max_iter, self.check_every, self.grad, False)
+        return autograd.Settings(
+            "sinkhorn_pairs", self.max_iter, self.check_every, self.grad, False, self.mass_tolerance
+        )
 
 
 class KeptCosts(NamedTuple):
@@ -358,12 +366,13 @@ def _forward(
     check_every: int,
     grad: str,
     chunk_bytes: int,
+    mass_tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     out = empty_results(features, pairs)
     if pairs.shape[0] == 0:
         return out
     distinct = _distinct(pairs, eps, tol, features.shape[0], _one_per_pair(a, b))
-    settings = PairSettings(metric, max_iter, check_every, grad, chunk_bytes)
+    settings = PairSettings(metric, max_iter, check_every, grad, chunk_bytes, mass_tolerance)
     solve_pairs(out, features, distinct, eps, a, b, tol, settings)
     if distinct.listed is not None and distinct.listed.shape[0] < pairs.shape[0]:
         for result in out:  # what is listed again
@@ -384,6 +393,7 @@ def _backward(
     check_every: int,
     grad: str,
     chunk_bytes: int,
+    mass_tolerance: float,
     potentials: Tensor,
     n_iter: Tensor,
     grad_value: Tensor | None,
@@ -413,7 +423,7 @@ def _backward(
                     for x in incoming
                 )
             )
-        settings = PairSettings(metric, max_iter, check_every, grad, chunk_bytes)
+        settings = PairSettings(metric, max_iter, check_every, grad, chunk_bytes, mass_tolerance)
         grad_features = differentiate_pairs(
             want_features, grad_weights, features, distinct, eps, a, b, tol, settings, potentials, n_iter, incoming
         )

@@ -38,17 +38,18 @@ def replace_those_of_the_cpu(tier: str) -> torch.library.Library:
 
 def sinkhorn_forward(
     cost: Tensor, eps: Tensor, a: Any, b: Any, tol: Tensor, row_lengths: Any, col_lengths: Any, init_g: Any,
-    max_iter: int, check_every: int, want_plan: bool, want_history: bool,
+    max_iter: int, check_every: int, want_plan: bool, want_history: bool, mass_tolerance: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     found = run(
         "forward", cost, eps, a, b, row_lengths, col_lengths, tol=tol.numpy(), init_g=numpy_or_none(init_g),
         max_iter=max_iter, check_every=check_every, want_plan=want_plan, want_history=want_history,
+        mass_tolerance=mass_tolerance,
     )  # fmt: skip
-    B, n, m = cost.shape
+    *B, n, m = cost.shape
     shapes = {
-        "value": (B,), "transport_cost": (B,), "f": (B, n), "g": (B, m), "plan": (B, n, m), "error": (B,),
-        "n_iter": (B,), "converged": (B,), "potentials": (B, n + m), "history": (B, max_iter, m + max(n, m)),
-        "rebuilt": (B, max_iter),
+        "value": (*B,), "transport_cost": (*B,), "f": (*B, n), "g": (*B, m), "plan": (*B, n, m), "error": (*B,),
+        "n_iter": (*B,), "converged": (*B,), "potentials": (*B, n + m), "history": (*B, max_iter, m + max(n, m)),
+        "rebuilt": (*B, max_iter),
     }  # fmt: skip
     dtypes = {"n_iter": torch.int64, "converged": torch.bool, "potentials": torch.float64, "rebuilt": torch.uint8}
     wanted = set(shapes) - (set() if want_plan else {"plan"}) - (set() if want_history else {"history", "rebuilt"})
@@ -70,7 +71,7 @@ def sinkhorn_unrolled_backward(*args: Any) -> tuple[Tensor, ...]:
 def sinkhorn_implicit_backward(*args: Any) -> tuple[Tensor, ...]:
     *problems, potentials, value, transport_cost, f, g, plan, tol, want_cost, want_a, want_b = args
     cost = problems[0]
-    options = {"implicit_tol": tol, "implicit_max_iter": 100 + 10 * min(cost.shape[1:])}
+    options = {"implicit_tol": tol, "implicit_max_iter": 100 + 10 * min(cost.shape[-2:])}
     incoming = [value, transport_cost, f, g, plan]
     return gradients("implicit", problems, potentials, incoming, (want_cost, want_a, want_b), **options)
 
@@ -116,11 +117,11 @@ def gradients(
     wants = dict(zip(("want_grad_cost", "want_grad_a", "want_grad_b"), wanted, strict=True))
     brought = {"potentials": potentials.numpy()} | (kept or {})
     found = run(mode, cost, eps, a, b, row_lengths, col_lengths, brought=brought, grads=given, **wants, **options)
-    B, n, m = cost.shape
-    shapes = {"grad_cost": (B, n, m), "grad_a": (B, n), "grad_b": (B, m)}
+    *B, n, m = cost.shape
+    shapes = {"grad_cost": (*B, n, m), "grad_a": (*B, n), "grad_b": (*B, m)}
     out = [result(found, name, shapes[name], None, cost, want) for name, want in zip(shapes, wanted, strict=True)]
     if mode == "implicit":
-        out.append(result(found, "implicit_converged", (B,), torch.bool, cost, True))
+        out.append(result(found, "implicit_converged", (*B,), torch.bool, cost, True))
     return tuple(out)
 
 
@@ -128,8 +129,9 @@ def run(
     step: str, cost: Tensor, eps: Tensor, a: Any, b: Any, row_lengths: Any, col_lengths: Any,
     brought: dict[str, np.ndarray] | None = None, **options: Any,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    if cost.shape[0] == 0:
+    if cost.numel() == 0:
         return {}
+    cost, a, b = (x[None] if x is not None and cost.dim() == 2 else x for x in (cost, a, b))
     is_bfloat = cost.dtype == torch.bfloat16
     case = kernels.make_case(
         (cost.view(torch.uint16) if is_bfloat else cost).detach().numpy(),
@@ -156,6 +158,6 @@ def result(
     found: dict[str, np.ndarray], name: str, shape: tuple[int, ...], dtype: torch.dtype | None, cost: Tensor, want: bool
 ) -> Tensor:
     dtype = dtype or (torch.float64 if cost.dtype == torch.float64 else torch.float32)
-    if not want or shape[0] == 0:
+    if not want or 0 in shape:
         return torch.empty(shape if want else (0,), dtype=dtype)
-    return torch.from_numpy(found[name]).to(dtype)
+    return torch.from_numpy(found[name]).to(dtype).reshape(shape)

@@ -246,6 +246,26 @@ class TestStopping:
         assert out.n_iter.tolist() == [13] * 4
         assert not out.converged.any()
 
+    @pytest.mark.instruction_set
+    @pytest.mark.parametrize("tol", [1e-8, 5e-8, 1e-7, 3e-7, 1e-6])
+    @pytest.mark.parametrize("shape", [(3, 4), (16, 16), (49, 49), (70, 33)], ids=str)
+    def test_what_ends_a_solve_is_what_is_reported(self, shape: tuple[int, int], tol: float, device: str) -> None:
+        """Around the rounding of the error in float32, where its two formulas give different numbers."""
+        batch, max_iter = 24, 200
+        problem = random_problem(batch, *shape, seed=14, dtype=torch.float32, device=device)
+        cold = problem.solve(0.1, tol=tol, check_every=1, max_iter=max_iter, return_plan=True)
+        warm = problem.solve(0.1, tol=tol, check_every=3, max_iter=max_iter, init=cold, return_plan=True)
+        for out in (cold, warm):
+            assert torch.equal(out.converged, out.error <= tol)
+            assert out.converged[out.n_iter < max_iter].all()
+            # The rows of the plan as they are: each entry and each sum that scaled it was rounded, and an entry is a
+            # product of three.
+            rows = (out.plan.double().sum(2) - problem.a.double()).abs().sum(1) / problem.a.double().sum(1)
+            rounding = (4 + math.sqrt(max(shape))) * torch.finfo(torch.float32).eps
+            torch.testing.assert_close(out.error.double(), rows, rtol=0, atol=rounding)
+        if tol > 2e-7:  # more than that rounding: all of these get there
+            assert cold.converged.all()
+
     def test_last_iteration_counts_though_it_is_not_tested(self, device: str) -> None:
         """`error` and `converged` belong to the returned iterate, whatever check_every is."""
         out = check(self.problem(device), self.EPS, max_iter=499, tol=1e-6, check_every=1000)

@@ -367,17 +367,79 @@ def test_unequal_masses(function: str, a_shared: bool, b_shared: bool, device: s
     assert f"for problem {0 if a_shared and b_shared else B - 1}" in str(caught.value)
 
 
+def rounding_of_masses(*dtypes: torch.dtype) -> float:
+    """The documented rule: 2 eps of the coarsest dtype, float64 counted as float32, and half the digits of float32."""
+    float32 = torch.finfo(torch.float32).eps
+    return 2 * max(float32, *(torch.finfo(dtype).eps for dtype in dtypes)) + math.sqrt(float32)
+
+
+@pytest.mark.parametrize("b_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("a_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cost_dtype", [torch.float64, torch.float32], ids=str)
+def test_how_equal_masses_must_be(
+    cost_dtype: torch.dtype, a_dtype: torch.dtype, b_dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ValueError where values are looked at, NaN where they are not."""
+    cost = torch.rand(2, 2, device=device).to(cost_dtype)
+    allowed = rounding_of_masses(a_dtype, b_dtype)
+    inside, outside = allowed / 2, 2 * allowed  # as a weight of its own, which every dtype can hold
+    a = torch.tensor([0.0, 1.0], dtype=a_dtype, device=device)
+    within, beyond = (torch.tensor([x, 1.0], dtype=b_dtype, device=device) for x in (inside, outside))
+    for looks in (True, False):
+        monkeypatch.setattr(_checks, "checks_data", lambda x, looks=looks: looks)
+        for given in ((a, within), (within.to(a_dtype), a.to(b_dtype))):
+            assert otface_cuda.sinkhorn(cost, 1.0, *given).value.isfinite()
+        if looks:
+            with refused(ValueError, "sinkhorn", "b", "got 1 and"):
+                otface_cuda.sinkhorn(cost, 1.0, a, beyond)
+        else:
+            out = otface_cuda.sinkhorn(cost, 1.0, a, beyond)
+            assert out.value.isnan()
+            assert not out.converged
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_how_equal_masses_must_be(dtype: torch.dtype, device: str) -> None:
-    """To half of the digits of the weights: sqrt(eps) of their dtype, relative to the larger mass."""
-    cost = torch.rand(2, 2, device=device).double()
-    allowed = math.sqrt(torch.finfo(dtype).eps)
-    a = torch.tensor([0.0, 8.0], dtype=dtype, device=device)
-    # The difference to 8 is a multiple of the spacing of floats there, which is 8 eps, and eps < allowed / 2.
-    inside, outside = (torch.tensor([0.0, 8 - 8 * k * allowed], dtype=dtype, device=device) for k in (0.75, 1.75))
-    assert otface_cuda.sinkhorn(cost, 1.0, a, inside).value.isfinite()
-    with refused(ValueError, "sinkhorn", "b", "got 8 and"):
-        otface_cuda.sinkhorn(cost, 1.0, a, outside)
+@pytest.mark.parametrize("to", DTYPES[:2], ids=str)
+def test_weights_normalised_in_any_dtype(dtype: torch.dtype, to: torch.dtype, device: str) -> None:
+    """And then given as they are, or, from float32, converted."""
+    generator = torch.Generator().manual_seed(0)
+    for n, m in [(2, 3), (49, 49), (200, 30), (1000, 1001)]:
+        raw = [torch.rand(5, size, generator=generator).to(dtype) + 0.01 for size in (n, m)]
+        for a, b in (
+            [x / x.sum(1, keepdim=True) for x in raw],
+            [x.softmax(1) for x in raw],
+            [torch.full((size,), 1 / size, dtype=dtype) for size in (n, m)],
+        ):
+            if dtype == torch.float32:
+                a, b = a.to(to), b.to(to)
+            cost = torch.rand(5, n, m, generator=generator).to(to)
+            out = otface_cuda.sinkhorn(cost.to(device), 0.5, a.to(device), b.to(device), max_iter=3)
+            assert out.value.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "difference"), [(torch.bfloat16, 0.05), (torch.float16, 0.015), (torch.float32, 1e-3)]
+)
+@every_function
+def test_a_forgotten_normalisation_is_not_rounding(
+    function: str, dtype: torch.dtype, difference: float, device: str
+) -> None:
+    sizes = [number_of_weights(function, name) for name in ("a", "b")]
+    a, b = (torch.full((size,), 1 / size).to(dtype) for size in sizes)
+    arguments = valid_arguments(function) | {"a": a, "b": (b.float() * (1 + difference)).to(dtype)}
+    with pytest.raises(ValueError, match="must have equal sums"):
+        getattr(otface_cuda, function)(**{name: to(x, device) for name, x in arguments.items()})
+
+
+def test_a_difference_of_masses_that_is_taken_stays_in_the_error(device: str) -> None:
+    """The columns of the plan sum to b, its rows cannot sum to a: nothing is scaled."""
+    a = torch.tensor([0.5, 0.5], dtype=torch.float64, device=device)
+    b = a * (1 + 2**-12)
+    cost = torch.rand(2, 2, dtype=torch.float64, device=device)
+    out = otface_cuda.sinkhorn(cost, 0.5, a, b, max_iter=200, tol=1e-5, return_plan=True)
+    torch.testing.assert_close(out.plan.sum(0), b, rtol=1e-14, atol=0)
+    torch.testing.assert_close(out.error.item(), 2.0**-12, rtol=1e-6, atol=0)
+    assert not out.converged
 
 
 @single_solver
@@ -703,6 +765,8 @@ WRONG_VALUES = {
     "b negative": {"b": [0.5, -0.5, 0.5, 0.25, 0.25]},
     "b nan": {"b": [0.5, math.nan, 0.5, 0.25, 0.25]},
     "b zero": {"b": [0.0, 0.0, 0.0, 0.0, 0.0]},
+    "a too heavy": {"a": [0.25, 0.25, 0.25, 0.26]},
+    "b too light": {"b": [0.2, 0.2, 0.2, 0.2, 0.19]},
     "row length zero": {"row_lengths": torch.tensor([4, 0, 4])},
     "row length negative": {"row_lengths": torch.tensor([4, -(2**40), 4])},
     "row length large": {"row_lengths": torch.tensor([4, 2**40, 4])},
@@ -767,6 +831,29 @@ class TestValuesThatNobodyChecks:
         torch.testing.assert_close(out.value[::2], clean.value, rtol=0, atol=1e-6)
         # A pair that does not exist has no part in the gradient of a feature.
         torch.testing.assert_close(gradient, clean_gradient, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_pair_of_unequal_masses(self, mode: str, device: str) -> None:
+        features = valid_arguments("sinkhorn_pairs")["features"].to(device).requires_grad_()
+        a = torch.full((B, N), 1 / N, device=device)
+        a[1, 0] *= 1.1
+        a.requires_grad_()
+        pairs = torch.tensor([(0, 1), (2, 3), (4, 5)], device=device)
+        out = otface_cuda.sinkhorn_pairs(features, pairs, 0.2, a, torch.full((N,), 1 / N, device=device), grad=mode)
+        assert out.value.isnan().tolist() == [False, True, False]
+        assert not out.converged[1]
+        out.value.sum().backward()
+        for x, bad in ((features.grad, [2, 3]), (a.grad, [1])):
+            assert x.flatten(1).isnan().any(1).nonzero().flatten().tolist() == bad
+
+    @pytest.mark.usefixtures("fresh_compiler")
+    def test_unequal_masses_in_a_compiled_graph(self, device: str) -> None:
+        cost = valid_arguments("sinkhorn")["cost"].to(device)
+        a, b = torch.full((B, N), 1 / N, device=device), torch.full((B, M), 1 / M, device=device)
+        a[1] *= 1.01
+        solve = torch.compile(otface_cuda.sinkhorn, fullgraph=True, backend="aot_eager")
+        out = solve(cost, 0.5, a, b)
+        assert out.value.isnan().tolist() == [False, True, False]
 
 
 # Inputs are never modified

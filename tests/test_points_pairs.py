@@ -832,7 +832,7 @@ def test_opcheck_of_the_pair_operators(mode: str, device: str) -> None:
     pairs, count = PAIRS.to(device), len(PAIRS)
     eps = torch.full((count,), 0.5, dtype=torch.float64, device=device)
     w = torch.full((1, 7), 1 / 7, device=device)
-    arguments = (features, pairs, eps, w, w, torch.zeros_like(eps), "cosine", 20, 10, mode, 2**20)
+    arguments = (features, pairs, eps, w, w, torch.zeros_like(eps), "cosine", 20, 10, mode, 2**20, 1e-3)
     forward = torch.ops.otface.sinkhorn_pairs_forward
     torch.library.opcheck(forward, arguments)
     out = forward(*arguments)

@@ -65,8 +65,11 @@ OTFACE_DEVICE void read_problem(M& matrix, State<M>& state, const Problems& all,
     p.mass_a = of_a[0];
     p.mass_b = of_b[0];
     p.has_zero_in_b = of_b[2] > 0;
+    // Unlike on the CPU nothing is scaled: an extreme mass or eps leads beyond the numbers of T.
+    const double larger = p.mass_a > p.mass_b ? p.mass_a : p.mass_b;
     p.valid = p.valid && of_a[1] == 0 && of_b[1] == 0 && p.mass_a > 0 && p.mass_b > 0 && is_finite(p.mass_a) &&
-              is_finite(p.mass_b);
+              is_finite(p.mass_b) && fabs(p.mass_a - p.mass_b) <= all.mass_tolerance * larger &&
+              larger >= Extremes<T>::least_mass && larger <= Extremes<T>::most_mass && p.eps >= Extremes<T>::least_eps;
   }
   matrix.sync();
 }

@@ -45,4 +45,18 @@ struct ExponentCap<double> {
   static constexpr double value = 865.0;
 };
 
+// Beyond these, numbers of T do not suffice for what is computed from eps and from a mass.
+template <class T>
+struct Extremes;
+template <>
+struct Extremes<float> {
+  static constexpr double least_eps = 0x1p-120, most_mass = 0x1p64, least_mass = 0x1p-64;
+  static constexpr float small_cost = 0x1p-64f;  // a factor with which sums of costs stay finite
+};
+template <>
+struct Extremes<double> {
+  static constexpr double least_eps = 0x1p-1016, most_mass = 0x1p512, least_mass = 0x1p-512;
+  static constexpr double small_cost = 0x1p-512;
+};
+
 }  // namespace otface::sinkhorn

@@ -25,10 +25,12 @@ class ForwardSolver {
     tol_ = params.tol[index * params.tol_stride];
     current_ = 0;
     iteration_ = 1;
+    is_measured_ = false;
     const T* init = static_cast<const T*>(params.init_g);
     bool finite = true;
     for (int64_t j = 0; j < p.padded_cols; ++j) {
       start_g_[j] = init != nullptr && j < p.cols ? static_cast<double>(init[index * params.problems.m + j]) : 0.0;
+      start_g_[j] = times_power(start_g_[j], p.cost_exponent);
       finite = finite && start_g_[j] > -infinity && start_g_[j] < infinity;
     }
     if (!p.valid || !finite || !build(0)) {
@@ -51,8 +53,13 @@ class ForwardSolver {
       return load<Four<T>>(p.a + i) / sums;
     });
     matrix_.finish_sums(r, s);
-    // The row sums of this sweep tell how far the plan of the last iteration was from its row marginals.
-    if (tol_ > 0 && iteration_ % params_->check_every == 0 && row_violation(r_[last], r) <= tol_) return false;
+    // The row sums of this sweep tell how far the plan of the last iteration was from its row marginals. They are rounded in
+    // another way than what is reported, and only what is reported may end the solve.
+    const bool looks = tol_ > 0 && iteration_ % params_->check_every == 0;
+    if (looks && row_violation(r_[last], r) <= tol_) {
+      is_measured_ = write_plan_and_sums() <= tol_;
+      if (is_measured_) return false;
+    }
     ++iteration_;
     if (all_within(r, p.padded_rows, Band<T>::low, Band<T>::high) &&
         all_within(s, p.padded_cols, Band<T>::low, Band<T>::high)) {
@@ -72,7 +79,7 @@ class ForwardSolver {
       write_failure();
       return;
     }
-    write_plan_and_sums();
+    if (!is_measured_) write_plan_and_sums();
     write_potentials();
   }
 
@@ -129,12 +136,31 @@ class ForwardSolver {
     return sum / problem_.mass_a;
   }
 
-  // Row i of the plan is (a_i / r_i) K_ij x_j: its sum, its cost, and the row itself where it is asked for.
-  void write_plan_and_sums() {
+  // Row i of the plan is (a_i / r_i) K_ij x_j: its sum, its cost, and the row itself where it is asked for. Returns the error.
+  double write_plan_and_sums() {
+    scale_columns(s_[current_]);
+    Sums sums = write_plan_and_sums<false>();
+    if (!(sums.cost - sums.cost == 0)) sums = write_plan_and_sums<true>();
+    const Problem<T>& p = problem_;
+    const double error = sums.violation / p.mass_a;
+    static_cast<T*>(params_->transport_cost)[p.index] =
+        static_cast<T>(times_power(sums.cost, -p.cost_exponent - p.mass_exponent));
+    static_cast<T*>(params_->error)[p.index] = static_cast<T>(error);
+    params_->n_iter[p.index] = iteration_;
+    params_->converged[p.index] =
+        tol_ > 0 ? error <= tol_ : error * error <= RoundingLevel<T>::value * static_cast<double>(p.rows + p.cols);
+    return error;
+  }
+
+  struct Sums {
+    double violation, cost;
+  };
+  // Where costs are `Large`, they are multiplied by a small power of two as they are read, so that sums stay finite.
+  template <bool Large>
+  Sums write_plan_and_sums() {
     using V = Vec<T>;
     const Problem<T>& p = problem_;
     const Problems& all = params_->problems;
-    scale_columns(s_[current_]);
     const T *r = r_[current_], *x = x_;
     T* plan = static_cast<T*>(params_->plan);
     if (plan != nullptr) plan += p.index * all.n * all.m;
@@ -143,6 +169,10 @@ class ForwardSolver {
     block_sums_.resize(2 * p.blocks.count);
     rows_.resize(p.blocks.count * 4 * count);
     const V largest = broadcast<V>(std::numeric_limits<T>::max());
+    const auto small = [](auto costs) __attribute__((always_inline)) {
+      if constexpr (Large) return costs * Extremes<T>::small_cost;
+      return costs;
+    };
     matrix_.for_blocks([&](int64_t block, int64_t begin, int64_t end) {
       T* buffer = rows_ + block * 4 * count;
       double violation = 0, cost = 0;
@@ -160,7 +190,7 @@ class ForwardSolver {
               const V entry = load<V>(k + q * ld + j) * x_v;
               mass_v[q] += entry;
               cost_v[q] +=
-                  entry * vmin(load<V>(c + q * stride + j), largest);  // a forbidden pair: 0 times a finite number
+                  entry * small(vmin(load<V>(c + q * stride + j), largest));  // forbidden: 0 times a finite number
             }
           }
           mass += widen<T>(sum_lanes(mass_v[0], mass_v[1], mass_v[2], mass_v[3]));
@@ -170,7 +200,7 @@ class ForwardSolver {
           const Four<T> costs = matrix_.column_of_four(c + ld + s, stride);
           const Four<T> entry = load<Four<T>>(matrix_.strip(s) + i) * x[ld + s];
           mass += widen<T>(entry);
-          cost_sum += widen<T>(entry * vmin(costs, Four<T>{} + largest[0]));
+          cost_sum += widen<T>(entry * small(vmin(costs, Four<T>{} + largest[0])));
         }
         for (int q = 0; q < 4; ++q) {
           const double a = static_cast<double>(p.a[i + q]), scale = a / static_cast<double>(r[i + q]);
@@ -190,12 +220,7 @@ class ForwardSolver {
       cost += block_sums_[2 * block + 1];
     }
     if (plan != nullptr) fill(plan + p.rows * all.m, (all.n - p.rows) * all.m, T(0));
-    const double error = violation / p.mass_a;
-    static_cast<T*>(params_->transport_cost)[p.index] = static_cast<T>(cost);
-    static_cast<T*>(params_->error)[p.index] = static_cast<T>(error);
-    params_->n_iter[p.index] = iteration_;
-    params_->converged[p.index] =
-        tol_ > 0 ? error <= tol_ : error * error <= RoundingLevel<T>::value * static_cast<double>(p.rows + p.cols);
+    return {violation, Large ? cost / static_cast<double>(Extremes<T>::small_cost) : cost};
   }
 
   void write_plan_row(int64_t i, T r, T* buffer, T* out) const {
@@ -203,6 +228,9 @@ class ForwardSolver {
     const T scale = p.a[i] / r;
     const T* k = matrix_.row(i, buffer);
     for (int64_t j = 0; j < p.cols; ++j) out[j] = k[j] * x_[j] * scale;
+    if (p.mass_exponent != 0)
+      for (int64_t j = 0; j < p.cols; ++j)
+        out[j] = static_cast<T>(times_power(static_cast<double>(out[j]), -p.mass_exponent));
     fill(out + p.cols, params_->problems.m - p.cols, T(0));
   }
 
@@ -213,6 +241,8 @@ class ForwardSolver {
     f_.resize(p.padded_rows);
     subtract_eps_log(matrix_.f0(), p.eps, r_[current_].data(), p.padded_rows, f_.data());
     subtract_eps_log(matrix_.g0(), p.eps, s_[current_].data(), p.padded_cols, start_g_.data());
+    if (p.mass_exponent != 0)
+      for (int64_t i = 0; i < p.rows; ++i) f_[i] += p.extra_potential();
     double af = 0, bg = 0;
     for (int64_t i = 0; i < p.rows; ++i) af += static_cast<double>(p.a[i]) * f_[i];
     for (int64_t j = 0; j < p.cols; ++j) bg += static_cast<double>(p.b[j]) * start_g_[j];
@@ -221,14 +251,16 @@ class ForwardSolver {
     T* g = static_cast<T*>(params_->g) + p.index * all.m;
     double* potentials = params_->potentials + p.index * (all.n + all.m);
     for (int64_t i = 0; i < all.n; ++i) {
-      potentials[i] = i < p.rows && !(matrix_.empty_row()[i] > 0) ? f_[i] + shift : 0.0;
+      potentials[i] = i < p.rows && !(matrix_.empty_row()[i] > 0) ? times_power(f_[i] + shift, -p.cost_exponent) : 0.0;
       f[i] = static_cast<T>(potentials[i]);
     }
     for (int64_t j = 0; j < all.m; ++j) {
-      potentials[all.n + j] = j < p.cols && !(matrix_.empty_col()[j] > 0) ? start_g_[j] - shift : 0.0;
+      potentials[all.n + j] =
+          j < p.cols && !(matrix_.empty_col()[j] > 0) ? times_power(start_g_[j] - shift, -p.cost_exponent) : 0.0;
       g[j] = static_cast<T>(potentials[all.n + j]);
     }
-    static_cast<T*>(params_->value)[p.index] = static_cast<T>(af + bg + (p.mass_a - p.mass_b) * shift);
+    const double value = af + bg + (p.mass_a - p.mass_b) * shift;
+    static_cast<T*>(params_->value)[p.index] = static_cast<T>(times_power(value, -p.cost_exponent - p.mass_exponent));
   }
 
   // The outputs of a problem without a solution: NaN where a number was asked for, zero in the padding.
@@ -260,6 +292,7 @@ class ForwardSolver {
   int current_ = 0;
   int64_t iteration_ = 0;
   double tol_ = 0;
+  bool is_measured_ = false;  // plan and sums of the current iterate are written
   Buffer<T> x_;
   Buffer<double> start_g_, f_;
   Buffer<double> block_sums_;

@@ -7,14 +7,21 @@
 namespace otface::sinkhorn {
 namespace {
 
-// The incoming gradients of one problem, and its outgoing ones. Null where nothing was asked for.
+// The incoming gradients of one problem, and its outgoing ones. Null where nothing was asked for. The incoming ones are those
+// of the problem at hand, which is scaled by powers of two where eps or a mass is extreme (cpu_problem.h).
 template <class T>
 struct GradientViews {
   double value = 0, transport_cost = 0;
-  const T *f = nullptr, *g = nullptr, *plan = nullptr;  // [n], [m], [n, m]
-  T *cost = nullptr, *a = nullptr, *b = nullptr;        // [n, m], [n], [m]
+  T *cost = nullptr, *a = nullptr, *b = nullptr;  // [n, m], [n], [m]
 
-  GradientViews(const BackwardParams& params, int64_t index) {
+  template <class U>
+  GradientViews(const BackwardParams& params, const Problem<U>& p)
+      : cost_exponent_(p.cost_exponent), mass_exponent_(p.mass_exponent) {
+    // The loss is multiplied by a power of two as well, so that what comes in stays about what it is: derivatives by value and
+    // transport cost, and by the plan of an extreme mass. With an extreme mass, those by potentials are left as they are.
+    const bool by_potentials = params.grad_f != nullptr || params.grad_g != nullptr;
+    loss_exponent_ = cost_exponent_ + (by_potentials ? 0 : mass_exponent_);
+    const int64_t index = p.index;
     const int64_t n = params.problems.n, m = params.problems.m;
     const auto at = [&](const void* p, int64_t count) {
       return p == nullptr ? nullptr : static_cast<const T*>(p) + index * count;
@@ -22,16 +29,50 @@ struct GradientViews {
     const auto out = [&](void* p, int64_t count) {
       return p == nullptr ? nullptr : static_cast<T*>(p) + index * count;
     };
-    if (params.grad_value != nullptr) value = static_cast<double>(*at(params.grad_value, 1));
-    if (params.grad_transport_cost != nullptr) transport_cost = static_cast<double>(*at(params.grad_transport_cost, 1));
-    f = at(params.grad_f, n);
-    g = at(params.grad_g, m);
-    plan = at(params.grad_plan, n * m);
+    const int exponent = loss_exponent_ - cost_exponent_ - mass_exponent_;
+    if (params.grad_value != nullptr) value = times_power(static_cast<double>(*at(params.grad_value, 1)), exponent);
+    if (params.grad_transport_cost != nullptr)
+      transport_cost = times_power(static_cast<double>(*at(params.grad_transport_cost, 1)), exponent);
+    f_ = at(params.grad_f, n);
+    g_ = at(params.grad_g, m);
+    plan_ = at(params.grad_plan, n * m);
     cost = out(params.grad_cost, n * m);
     a = out(params.grad_a, n);
     b = out(params.grad_b, m);
   }
+
+  double f(int64_t i) const { return of_potential(f_, i); }
+  double g(int64_t j) const { return of_potential(g_, j); }
+  bool has_plan() const { return plan_ != nullptr; }
+  double plan(int64_t entry) const {
+    return times_power(static_cast<double>(plan_[entry]), loss_exponent_ - mass_exponent_);
+  }
+
+  // Outgoing gradients, as those of the problem that was given.
+  T for_cost(double x) const { return static_cast<T>(times_power(x, cost_exponent_ - loss_exponent_)); }
+  T for_weight(double x) const { return static_cast<T>(times_power(x, mass_exponent_ - loss_exponent_)); }
+  void finish_cost_row(T* row, int64_t cols) const {
+    if (cost_exponent_ == loss_exponent_) return;
+    for (int64_t j = 0; j < cols; ++j) row[j] = for_cost(static_cast<double>(row[j]));
+  }
+
+ private:
+  double of_potential(const T* grad, int64_t k) const {
+    return grad == nullptr ? 0.0 : times_power(static_cast<double>(grad[k]), loss_exponent_ - cost_exponent_);
+  }
+
+  const T *f_ = nullptr, *g_ = nullptr, *plan_ = nullptr;  // [n], [m], [n, m]
+  int cost_exponent_, mass_exponent_, loss_exponent_ = 0;
 };
+
+// The potentials [n + m] of the problem at hand; f + g is still that of the problem that was given.
+template <class T>
+const double* scaled_potentials(const Problem<T>& p, const double* potentials, int64_t count, Buffer<double>& buffer) {
+  if (p.cost_exponent == 0) return potentials;
+  buffer.resize(count);
+  for (int64_t k = 0; k < count; ++k) buffer[k] = times_power(potentials[k], p.cost_exponent);
+  return buffer;
+}
 
 // Gradients of a problem without a solution: NaN for its valid entries, zero in the padding.
 template <class T>
@@ -49,14 +90,15 @@ void write_nan_gradients(const Problems& all, int64_t rows, int64_t cols, const 
 // Weights are compared along directions that keep the masses equal, so a constant may be added to their gradient: its mean
 // over the valid entries is taken away where `centred`.
 template <class T>
-void write_weights_gradient(const double* grad, int64_t count, int64_t size, bool centred, T* out) {
+void write_weights_gradient(const double* grad, int64_t count, int64_t size, bool centred,
+                            const GradientViews<T>& views, T* out) {
   if (out == nullptr) return;
   double mean = 0;
   if (centred) {
     for (int64_t i = 0; i < count; ++i) mean += grad[i];
     mean /= static_cast<double>(count);
   }
-  for (int64_t i = 0; i < size; ++i) out[i] = i < count ? static_cast<T>(grad[i] - mean) : T(0);
+  for (int64_t i = 0; i < size; ++i) out[i] = i < count ? views.for_weight(grad[i] - mean) : T(0);
 }
 
 // A row of a gradient in the cost goes out without its padding.
@@ -97,13 +139,13 @@ struct OutputGradient {
     double shift = 0;
     for (int64_t i = 0; i < p.rows; ++i) {
       if (matrix.empty_row()[i] > 0) continue;
-      f_[i] = in.value * static_cast<double>(p.a[i]) + (in.f == nullptr ? 0.0 : static_cast<double>(in.f[i]));
+      f_[i] = in.value * static_cast<double>(p.a[i]) + in.f(i);
       a_[i] = in.value * potentials[i];
       shift += f_[i];
     }
     for (int64_t j = 0; j < p.cols; ++j) {
       if (matrix.empty_col()[j] > 0) continue;
-      g_[j] = in.value * static_cast<double>(p.b[j]) + (in.g == nullptr ? 0.0 : static_cast<double>(in.g[j]));
+      g_[j] = in.value * static_cast<double>(p.b[j]) + in.g(j);
       b_[j] = in.value * potentials[all.n + j];
       shift -= g_[j];
     }
@@ -116,7 +158,7 @@ struct OutputGradient {
       g_[j] += shift * static_cast<double>(p.b[j]);
       b_[j] += shift * potentials[all.n + j];
     }
-    if (in.plan == nullptr && in.transport_cost == 0) return;
+    if (!in.has_plan() && in.transport_cost == 0) return;
 
     using V = Vec<T>;
     const int64_t count = p.padded_cols;
@@ -132,8 +174,8 @@ struct OutputGradient {
       for (int64_t i = begin; i < (end < p.rows ? end : p.rows); ++i) {
         p.cost.read(i, c);
         e_row(i, e);
-        if (in.plan != nullptr)
-          for (int64_t j = 0; j < p.cols; ++j) by_plan[j] = static_cast<T>(in.plan[i * all.m + j]);
+        if (in.has_plan())
+          for (int64_t j = 0; j < p.cols; ++j) by_plan[j] = static_cast<T>(in.plan(i * all.m + j));
         const T a_i = p.a[i];
         V sum_f{}, sum_a{};
         for (int64_t j = 0; j < count; j += lanes<T>) {

@@ -28,14 +28,15 @@ class ImplicitGradient {
     const Problems& all = params.problems;
     problem_.read(all, index);
     const Problem<double>& p = problem_;
-    const GradientViews<Real> views(params, index);
-    const double* potentials = params.potentials + index * (all.n + all.m);
+    const GradientViews<Real> views(params, p);
+    const double* potentials =
+        scaled_potentials(p, params.potentials + index * (all.n + all.m), all.n + all.m, potentials_);
     if (!(potentials[0] == potentials[0]) || !p.valid) {
       write_nan_gradients(all, p.rows, p.cols, views);
       return true;  // nothing to solve: the problem itself has no solution
     }
     matrix_.attach(&problem_, executor);
-    matrix_.absorb(potentials, potentials + all.n);
+    matrix_.absorb(potentials, p.extra_potential(), potentials + all.n);
     Buffer<double>* const over_rows[] = {&rho_, &row_factor_, &grad_f_};
     Buffer<double>* const over_cols[] = {&sigma_, &X_, &x_, &residual_, &direction_, &scaled_, &column_sums_};
     for (Buffer<double>* x : over_rows) x->resize(p.padded_rows);
@@ -73,8 +74,8 @@ class ImplicitGradient {
     for (int64_t j = 0; j < p.padded_cols; ++j) X_[j] = p.b[j] > 0 ? p.b[j] * x_[j] : outputs_.g[j] / sigma_[j];
     sweep_to_f(true);
     for (int64_t j = 0; j < p.cols; ++j) outputs_.b[j] -= p.eps * column_sums_[j];
-    write_weights_gradient(outputs_.a.data(), p.rows, all.n, true, views.a);
-    write_weights_gradient(outputs_.b.data(), p.cols, all.m, true, views.b);
+    write_weights_gradient(outputs_.a.data(), p.rows, all.n, true, views, views.a);
+    write_weights_gradient(outputs_.b.data(), p.cols, all.m, true, views, views.b);
     if (views.cost == nullptr) return true;
     rows_.resize(p.blocks.count * p.padded_cols);
     matrix_.for_blocks([&](int64_t block, int64_t begin, int64_t end) {
@@ -83,7 +84,7 @@ class ImplicitGradient {
         Real* out = views.cost + i * all.m;
         for (int64_t j = 0; j < p.cols; ++j) {
           const double through = p.a[i] * (e[j] * X_[j]) + p.b[j] * (e[j] * grad_f_[i]);
-          out[j] = static_cast<Real>(has_direct_cost ? through + direct[j] : through);
+          out[j] = views.for_cost(has_direct_cost ? through + direct[j] : through);
         }
         for (int64_t j = p.cols; j < all.m; ++j) out[j] = 0;
       }
@@ -168,6 +169,7 @@ class ImplicitGradient {
   }
 
   Problem<double> problem_;
+  Buffer<double> potentials_;
   KernelMatrix<double> matrix_;  // holds E
   OutputGradient<double> outputs_;
   Buffer<double> direct_cost_;                                                  // [swept_rows, padded_cols]

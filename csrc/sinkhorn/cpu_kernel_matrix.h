@@ -223,9 +223,9 @@ class KernelMatrix {
     return all_within(r, p.padded_rows, std::numeric_limits<T>::min(), std::numeric_limits<T>::max());
   }
 
-  // K for the given potentials ([rows], [cols]), whatever their sums may be.
-  void absorb(const double* f, const double* g) {
-    for (int64_t i = 0; i < p_->rows; ++i) f0_[i] = f[i];
+  // K for the given potentials ([rows], [cols]), f less a constant, whatever their sums may be.
+  void absorb(const double* f, double less, const double* g) {
+    for (int64_t i = 0; i < p_->rows; ++i) f0_[i] = f[i] - less;
     for (int64_t j = 0; j < p_->cols; ++j) g0_[j] = g[j];
     fill_from_potentials();
   }

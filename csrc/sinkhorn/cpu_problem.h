@@ -9,6 +9,7 @@
 #include "common/cpu_half.h"
 #include "common/cpu_run.h"
 #include "common/vec.h"
+#include "sinkhorn/band.h"
 #include "sinkhorn/params.h"
 
 namespace otface::sinkhorn {
@@ -17,19 +18,27 @@ namespace {
 constexpr double infinity = std::numeric_limits<double>::infinity();
 constexpr double nan = std::numeric_limits<double>::quiet_NaN();
 
+// x 2^exponent. Where nothing is to be scaled, as nearly always, x as it is.
+inline double times_power(double x, int exponent) { return exponent == 0 ? x : __builtin_ldexp(x, exponent); }
+
 inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 template <class T>
 class CostRows {
  public:
   CostRows() = default;
-  CostRows(const CostView& view, int64_t batch_index, int64_t rows, int64_t cols, int64_t padded_cols)
-      : view_(view), offset_(batch_index * view.batch_stride), rows_(rows), cols_(cols), padded_cols_(padded_cols) {
+  CostRows(const CostView& view, int64_t batch_index, int64_t rows, int64_t cols, int64_t padded_cols, int exponent)
+      : view_(view),
+        exponent_(exponent),
+        offset_(batch_index * view.batch_stride),
+        rows_(rows),
+        cols_(cols),
+        padded_cols_(padded_cols) {
     // A whole vector may be read past the end of row i as long as that stays within the rows that follow.
     const int64_t past = padded_cols - cols;
     readable_rows_ = view.row_stride > 0 ? rows - (past + view.row_stride - 1) / view.row_stride : 0;
     if (past == 0) readable_rows_ = rows;
-    is_real_ = view.dtype == (sizeof(T) == sizeof(double) ? DType::float64 : DType::float32);
+    is_real_ = exponent == 0 && view.dtype == (sizeof(T) == sizeof(double) ? DType::float64 : DType::float32);
   }
 
   // Rows i to i + 3, `stride` apart: where they lie, if they lie there as contiguous Reals and the caller needs no padding,
@@ -53,6 +62,12 @@ class CostRows {
 
   // Row i as contiguous Reals, with +inf (a forbidden pair) in the padding.
   void read(int64_t i, T* out) const {
+    convert_row(i, out);
+    if (exponent_ != 0) scale(out);
+  }
+
+ private:
+  void convert_row(int64_t i, T* out) const {
     switch (view_.dtype) {
       case DType::float32: return copy<float>(i, out, [](float x) { return x; });
       case DType::float64: return copy<double>(i, out, [](double x) { return x; });
@@ -61,7 +76,14 @@ class CostRows {
     }
   }
 
- private:
+  // A cost that becomes too large for Real is not a forbidden pair: the problem has no solution.
+  void scale(T* out) const {
+    for (int64_t j = 0; j < cols_; ++j) {
+      const T scaled = static_cast<T>(times_power(static_cast<double>(out[j]), exponent_));
+      out[j] = scaled - scaled == 0 || out[j] - out[j] != 0 ? scaled : static_cast<T>(nan);
+    }
+  }
+
   template <class S, class Convert>
   void copy(int64_t i, T* out, Convert convert) const {
     const int64_t stride = view_.col_stride;
@@ -82,6 +104,7 @@ class CostRows {
   }
   CostView view_{};
   bool is_real_ = false;
+  int exponent_ = 0;
   int64_t offset_ = 0, rows_ = 0, cols_ = 0, padded_cols_ = 0, readable_rows_ = 0;
 };
 
@@ -117,6 +140,9 @@ struct Problem {
   int64_t padded_rows = 0;  // rows rounded up to the lanes (and 4): the length of arrays over rows
   int64_t padded_cols = 0;  // cols rounded up to the lanes: the length of arrays over columns
   double eps = 1;
+  // Where an eps or a mass is extreme, the problem at hand is another one, in which costs, eps and potentials are multiplied by
+  // 2^cost_exponent, weights and plan by 2^mass_exponent: exact in both directions. Else both are 0.
+  int cost_exponent = 0, mass_exponent = 0;
   bool valid = false;          // false: eps, weights or lengths cannot be used; the outputs are NaN
   bool has_zero_in_b = false;  // some column of zero weight: it has no say in what a row is compared with
   double mass_a = 0, mass_b = 0;
@@ -133,17 +159,24 @@ struct Problem {
     padded_rows = round_up(rows, lanes<T> > 4 ? lanes<T> : 4);
     padded_cols = round_up(cols, lanes<T>);
     blocks = RowBlocks(swept_rows, padded_cols);
-    cost = CostRows<T>(problems.cost, batch_index, rows, cols, padded_cols);
     eps = problems.eps[batch_index * problems.eps_stride];
+    cost_exponent = eps < Extremes<T>::least_eps ? 64 : 0;  // makes normal numbers of the subnormal ones of both types
+    eps = times_power(eps, cost_exponent);
+    cost = CostRows<T>(problems.cost, batch_index, rows, cols, padded_cols, cost_exponent);
     bool zero_in_a = false;
     const bool a_ok = problems.is_double ? read_weights<double>(problems.a, rows, padded_rows, a, mass_a, zero_in_a)
                                          : read_weights<float>(problems.a, rows, padded_rows, a, mass_a, zero_in_a);
     const bool b_ok = problems.is_double ? read_weights<double>(problems.b, cols, padded_cols, b, mass_b, has_zero_in_b)
                                          : read_weights<float>(problems.b, cols, padded_cols, b, mass_b, has_zero_in_b);
+    const bool masses_ok = a_ok && b_ok && scale_weights();
     skip.resize(padded_cols);
     for (int64_t j = 0; j < padded_cols; ++j) skip[j] = b[j] > 0 ? 0.0 : infinity;
-    valid = rows_ok && cols_ok && a_ok && b_ok && eps > 0 && eps < infinity;
+    valid = rows_ok && cols_ok && masses_ok && eps > 0 && eps < infinity &&
+            __builtin_fabs(mass_a - mass_b) <= problems.mass_tolerance * (mass_a > mass_b ? mass_a : mass_b);
   }
+
+  // f + g of the problem as it was given is so much more than that of the one at hand.
+  double extra_potential() const { return mass_exponent == 0 ? 0.0 : eps * mass_exponent * 0.69314718055994531; }
 
   // Finite also for the least eps: a difference of 0 stays 0.
   double inverse_eps() const {
@@ -152,6 +185,18 @@ struct Problem {
   }
 
  private:
+  // Brings an extreme mass to about 1. False where the costs are scaled already: a gradient could have no digit left.
+  bool scale_weights() {
+    const double mass = mass_a > mass_b ? mass_a : mass_b;
+    mass_exponent = 0;
+    if (mass >= Extremes<T>::least_mass && mass <= Extremes<T>::most_mass) return true;
+    mass_exponent = -__builtin_ilogb(mass);
+    for (int64_t i = 0; i < rows; ++i) a[i] = static_cast<T>(times_power(static_cast<double>(a[i]), mass_exponent));
+    for (int64_t j = 0; j < cols; ++j) b[j] = static_cast<T>(times_power(static_cast<double>(b[j]), mass_exponent));
+    mass_a = times_power(mass_a, mass_exponent);
+    mass_b = times_power(mass_b, mass_exponent);
+    return cost_exponent == 0;
+  }
   bool read_length(const int64_t* lengths, int64_t size, int64_t& length) const {
     length = lengths == nullptr ? size : lengths[index];
     if (length >= 1 && length <= size) return true;

@@ -123,8 +123,9 @@ class UnrolledGradient {
     const Problems& all = params.problems;
     problem_.read(all, index);
     const Problem<T>& p = problem_;
-    const GradientViews<T> views(params, index);
-    const double* potentials = params.potentials + index * (all.n + all.m);
+    const GradientViews<T> views(params, p);
+    const double* potentials =
+        scaled_potentials(p, params.potentials + index * (all.n + all.m), all.n + all.m, potentials_);
     if (!(potentials[0] == potentials[0]) || !p.valid || params.n_iter[index] < 1) {
       write_nan_gradients(all, p.rows, p.cols, views);
       return;
@@ -152,12 +153,14 @@ class UnrolledGradient {
       end = begin - 1;
     }
 
-    write_weights_gradient(outputs_.a.data(), p.rows, all.n, false, views.a);
-    write_weights_gradient(outputs_.b.data(), p.cols, all.m, false, views.b);
+    write_weights_gradient(outputs_.a.data(), p.rows, all.n, false, views, views.a);
+    write_weights_gradient(outputs_.b.data(), p.cols, all.m, false, views, views.b);
     if (views.cost != nullptr) {
       matrix_.for_blocks([&](int64_t, int64_t first, int64_t past) {
-        for (int64_t i = first; i < (past < p.rows ? past : p.rows); ++i)
+        for (int64_t i = first; i < (past < p.rows ? past : p.rows); ++i) {
           products_.write_row(i, all.m, views.cost + i * all.m);
+          views.finish_cost_row(views.cost + i * all.m, p.cols);
+        }
       });
       clear_cost_rows(p.rows, all.n, all.m, views.cost);
     }
@@ -304,6 +307,7 @@ class UnrolledGradient {
   const BackwardParams* params_ = nullptr;
   bool wants_a_ = false, wants_b_ = false, f_is_zero_ = false;
   Problem<T> problem_;
+  Buffer<double> potentials_;
   KernelMatrix<T> matrix_;
   OuterProducts<T> products_;
   OutputGradient<T> outputs_;

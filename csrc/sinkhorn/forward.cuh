@@ -15,7 +15,7 @@ struct ForwardState : State<M> {
   using T = typename M::T;
   typename M::RowVector r, cost_of_row;
   typename M::ColVector s, s_next;
-  T* r_before;  // [n]: r before the iteration that tells its error; in the end, that of the result
+  T* r_before;  // [n]: r of the iterate whose error is asked for; in the end, that of the result
   T* x_of_all;  // [m]: x where everyone can read it
 
   __host__ __device__ ForwardState(Arena& arena, int64_t n, int64_t m, int threads)
@@ -57,7 +57,9 @@ class Forward {
 
     const int max_iter = to_int(params_.max_iter), check_every = to_int(params_.check_every);
     int iteration = 0, next_look = tol() > 0 ? check_every : kMostIterations + 1;
-    bool active = solved, starts_anew = solved, stopped = false;
+    bool active = solved, starts_anew = solved, seems_done = false;
+    bool ended = false;  // r of the result is in r_before: another team's sweeps may write over it
+    double error = 0;
     for (;;) {
       if (matrix_.any_in_domain(starts_anew)) {
         const bool ok = start_anew(starts_anew, iteration);
@@ -65,7 +67,18 @@ class Forward {
         iteration += starts_anew ? 1 : 0;
       }
       active = active && solved && iteration < max_iter;
-      if (!matrix_.any_in_domain(active)) break;
+      keep_r(!active && !ended);
+      ended = ended || !active;
+      const bool goes_on = matrix_.any_in_domain(active);
+      if (!goes_on || matrix_.any_in_domain(seems_done)) {
+        error = measure(ended || seems_done);
+        if (!goes_on) break;
+        // Only what is reported may end a solve.
+        ended = ended || (seems_done && error <= tol());
+        active = active && !ended;
+        seems_done = false;
+        if (!matrix_.any_in_domain(active)) break;
+      }
       const bool looks = active && iteration == next_look;
       if (matrix_.any_in_domain(looks)) {
         keep_r(looks);
@@ -85,23 +98,23 @@ class Forward {
             state_.x[col.k] = simt::quotient(state_.b[col.i], sum);
           });
       if (matrix_.any_in_domain(looks)) {
-        // The row sums of this sweep tell how far the plan of the last iteration was from its row marginals.
+        // The row sums of this sweep tell how far the plan of the last iteration was from its row marginals. They are
+        // rounded in another way than the error that is reported: where they are small enough, that one is asked for, and
+        // the sweep is done again if it is not.
         const double violation = row_violation();
         next_look += looks ? check_every : 0;
-        stopped = stopped || (looks && violation <= tol());
-        active = active && !stopped;
+        seems_done = looks && violation <= tol();
       }
-      const bool accepted = active && in_band;
+      const bool accepted = active && in_band && !seems_done;
       matrix_.replace(state_.s, state_.s_next, accepted);
       if (accepted) {
         record(iteration);
         ++iteration;
       }
       if (params_.history.slots != nullptr) matrix_.sync_in_memory();  // before the next sweep writes r
-      starts_anew = active && !in_band;
+      starts_anew = active && !in_band && !seems_done;
     }
-    keep_r(!stopped);
-    finish(solved, iteration);
+    finish(solved, iteration, error);
   }
 
  private:
@@ -169,37 +182,42 @@ class Forward {
     return sum[0] / problem_.mass_a;
   }
 
-  OTFACE_DEVICE void finish(bool solved, int iteration) {
-    const Problem& p = problem_;
-    const Problems& all = params_.problems;
-
-    // Row i of the plan is (a_i / r_i) K_ij x_j: its sum and its cost.
+  // The error of the current iterate: row i of the plan is (a_i / r_i) K_ij x_j. Its r is in r_before already where
+  // `r_is_kept`. Leaves x, r and r_before as an iteration finds them.
+  OTFACE_DEVICE double measure(bool r_is_kept) {
     matrix_.cols([&](Slot col) {
-      if (col.counts) state_.x_of_all[col.i] = simt::quotient(state_.b[col.i], state_.s[col.k]);
+      const T x = simt::quotient(state_.b[col.i], state_.s[col.k]);
+      state_.x[col.k] = x;
+      if (col.counts) state_.x_of_all[col.i] = x;
     });
+    keep_r(!r_is_kept);
     matrix_.sync();
-    // One after the other: two sums per row of a tile would not fit beside K in registers.
     matrix_.template reduce_entries<1, 0>(
         [&](int, int j, T k, T* by_row, T*, bool) { by_row[0] += k * state_.x_of_all[j]; },
         [&](Slot row, const T* sums) {
-          if (row.keeps) state_.r[row.k] = sums[0];  // r itself is in r_before
+          if (row.keeps) state_.r[row.k] = sums[0];
         },
         [](Slot, const T*) {});
-    matrix_.template reduce_entries<1, 0>(
-        [&](int i, int j, T k, T* by_row, T*, bool) {
-          const T c = least_of(matrix_.cost(i, j), LargestOf<T>::value);  // forbidden: 0 times a finite number
-          by_row[0] += k * state_.x_of_all[j] * c;
-        },
-        [&](Slot row, const T* sums) {
-          if (row.keeps) state_.cost_of_row[row.k] = sums[0];
-        },
-        [](Slot, const T*) {});
-    double sums[2];
-    matrix_.template sum_rows<2>(sums, [&](Slot row, double* to) {
+    double violation[1];
+    matrix_.template sum_rows<1>(violation, [&](Slot row, double* to) {
       const double a = static_cast<double>(state_.a[row.i]), scale = a / static_cast<double>(state_.r_before[row.i]);
       to[0] += fabs(scale * static_cast<double>(state_.r[row.k]) - a);
-      to[1] += scale * static_cast<double>(state_.cost_of_row[row.k]);
     });
+    matrix_.rows([&](Slot row) { state_.r[row.k] = state_.r_before[row.i]; });
+    matrix_.sync_in_memory();  // before a sweep writes r
+    return violation[0] / problem_.mass_a;
+  }
+
+  // After `measure`, which has left x_of_all and the r of the result in r_before.
+  OTFACE_DEVICE void finish(bool solved, int iteration, double error) {
+    const Problem& p = problem_;
+    const Problems& all = params_.problems;
+    double cost = cost_of_plan(1);
+    const bool too_large = solved && !is_finite(cost);
+    if (matrix_.any_in_domain(too_large)) {
+      const double of_small_costs = cost_of_plan(Extremes<T>::small_cost);
+      if (too_large) cost = of_small_costs;
+    }
 
     // f and g, shifted so that <a, f> = <b, g>. Without an allowed pair, a potential is 0: marked by infinity until then.
     matrix_.rows([&](Slot row) {
@@ -229,12 +247,11 @@ class Forward {
       write_potentials(state_.g0, p.cols, all.m, -shift, solved, potentials + all.n,
                        static_cast<T*>(params_.g) + p.index * all.m);
       if (matrix_.thread_in_team() == 0) {
-        const double error = sums[0] / p.mass_a;
         const auto write = [&](void* out, double x) {
           static_cast<T*>(out)[p.index] = static_cast<T>(solved ? x : kNaN);
         };
         write(params_.value, af[0] + bg[0] + (p.mass_a - p.mass_b) * shift);
-        write(params_.transport_cost, sums[1]);
+        write(params_.transport_cost, cost);
         write(params_.error, error);
         params_.n_iter[p.index] = solved ? iteration : 0;
         const bool reached = tol() > 0
@@ -243,6 +260,25 @@ class Forward {
         params_.converged[p.index] = solved && reached;
       }
     }
+  }
+
+  // `shrink` is a power of two by which costs are multiplied as they are read.
+  OTFACE_DEVICE double cost_of_plan(T shrink) {
+    matrix_.template reduce_entries<1, 0>(
+        [&](int i, int j, T k, T* by_row, T*, bool) {
+          const T c = least_of(matrix_.cost(i, j), LargestOf<T>::value);  // forbidden: 0 times a finite number
+          by_row[0] += k * state_.x_of_all[j] * (c * shrink);
+        },
+        [&](Slot row, const T* sums) {
+          if (row.keeps) state_.cost_of_row[row.k] = sums[0];
+        },
+        [](Slot, const T*) {});
+    double cost[1];
+    matrix_.template sum_rows<1>(cost, [&](Slot row, double* to) {
+      const double scale = static_cast<double>(state_.a[row.i]) / static_cast<double>(state_.r_before[row.i]);
+      to[0] += scale * static_cast<double>(state_.cost_of_row[row.k]);
+    });
+    return cost[0] / static_cast<double>(shrink);
   }
 
   OTFACE_DEVICE void write_potentials(const double* x, int count, int64_t size, double shift, bool solved,

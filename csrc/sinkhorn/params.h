@@ -32,6 +32,7 @@ struct Problems {
   WeightsView a, b;
   const double* eps;  // [B] or, with stride 0, [1]
   int64_t eps_stride;
+  double mass_tolerance;  // where the masses of a and b differ by more, relative to the larger, there is no solution
   const int64_t* row_lengths;  // [B] or null: all n
   const int64_t* col_lengths;  // [B] or null: all m
 };

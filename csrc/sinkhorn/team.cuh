@@ -123,7 +123,7 @@ OTFACE_DEVICE T load_as(const void* data, DType dtype, int64_t offset) {
 struct Problem {
   int64_t index;  // in the batch
   bool exists;    // false: this team has nothing to do, and writes nothing
-  bool valid;     // false: eps, weights or lengths cannot be used; the outputs are NaN
+  bool valid;     // false: eps, weights or lengths cannot be used, or are extreme; the outputs are NaN
   bool has_zero_in_b;
   int rows, cols;
   double eps;

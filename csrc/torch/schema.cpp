@@ -1,13 +1,17 @@
-// The operators behind the Python functions. Every tensor is batched; the Python side has checked and shaped them.
+// The operators behind the Python functions. The Python side has checked and shaped every tensor.
 // "Real" is float64 for a float64 cost, else float32. A tensor that was not wanted comes back empty, with shape (0,).
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(otface, m) {
+  // Of the Sinkhorn operators, everything is batched as the cost is: (B, n, m), or (n, m) with no B anywhere. eps and tol are
+  // float64, one number for all problems or (B,). Lengths are (B,), (1,) without a batch. Where the masses of a and b differ
+  // by more than mass_tolerance, relative to the larger, the problem has no solution.
   // -> value (B,), transport_cost (B,), f (B, n), g (B, m), plan (B, n, m), error (B,), n_iter (B,), converged (B,),
   //    potentials (B, n + m) float64, history (B, max_iter, m + max(n, m)), rebuilt (B, max_iter) uint8
   m.def(
       "sinkhorn_forward(Tensor cost, Tensor eps, Tensor? a, Tensor? b, Tensor tol, Tensor? row_lengths, "
-      "Tensor? col_lengths, Tensor? init_g, int max_iter, int check_every, bool want_plan, bool want_history) -> "
+      "Tensor? col_lengths, Tensor? init_g, int max_iter, int check_every, bool want_plan, bool want_history, "
+      "float mass_tolerance) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // All three -> the gradients of cost (B, n, m), a (B, n) and b (B, m), in Real.
   m.def(

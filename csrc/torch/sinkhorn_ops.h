@@ -18,9 +18,10 @@ using ForwardTensors =
 template <class Device>
 ForwardTensors sinkhorn_forward(Tensor cost, Tensor eps, OptionalTensor a, OptionalTensor b, Tensor tol,
                                 OptionalTensor row_lengths, OptionalTensor col_lengths, OptionalTensor init_g,
-                                int64_t max_iter, int64_t check_every, bool want_plan, bool want_history) {
-  const sinkhorn::Problems problems = problems_of(cost, eps, a, b, row_lengths, col_lengths);
-  const ForwardOutputs out(cost, max_iter, want_plan, want_history);
+                                int64_t max_iter, int64_t check_every, bool want_plan, bool want_history,
+                                double mass_tolerance) {
+  const sinkhorn::Problems problems = problems_of(cost, eps, a, b, row_lengths, col_lengths, mass_tolerance);
+  const ForwardOutputs out(cost, problems.n, problems.m, max_iter, want_plan, want_history);
   Device::forward(forward_params(problems, cost, tol, init_g, max_iter, check_every, want_plan, want_history, out),
                   cost);
   return {out.value,  out.transport_cost, out.f,          out.g,       out.plan,   out.error,
@@ -32,7 +33,7 @@ ThreeTensors sinkhorn_envelope_backward(Tensor cost, Tensor eps, OptionalTensor 
                                         OptionalTensor row_lengths, OptionalTensor col_lengths, Tensor potentials,
                                         Tensor grad_value, bool want_cost, bool want_a, bool want_b) {
   const sinkhorn::Problems problems = problems_of(cost, eps, a, b, row_lengths, col_lengths);
-  const Gradients out(cost, want_cost, want_a, want_b);
+  const Gradients out(cost, problems.n, problems.m, want_cost, want_a, want_b);
   const IncomingGradients in{grad_value, {}, {}, {}, {}};
   Device::envelope_backward(backward_params(problems, cost, potentials, in, want_cost, want_a, want_b, out), cost);
   return {out.cost, out.a, out.b};
@@ -46,7 +47,7 @@ ThreeTensors sinkhorn_unrolled_backward(Tensor cost, Tensor eps, OptionalTensor 
                                         OptionalTensor grad_g, OptionalTensor grad_plan, bool want_cost, bool want_a,
                                         bool want_b) {
   const sinkhorn::Problems problems = problems_of(cost, eps, a, b, row_lengths, col_lengths);
-  const Gradients out(cost, want_cost, want_a, want_b);
+  const Gradients out(cost, problems.n, problems.m, want_cost, want_a, want_b);
   const IncomingGradients in{grad_value, grad_transport_cost, grad_f, grad_g, grad_plan};
   sinkhorn::BackwardParams params = backward_params(problems, cost, potentials, in, want_cost, want_a, want_b, out);
   add_history(params, cost, n_iter, history, rebuilt);
@@ -61,9 +62,9 @@ FourTensors sinkhorn_implicit_backward(Tensor cost, Tensor eps, OptionalTensor a
                                        OptionalTensor grad_f, OptionalTensor grad_g, OptionalTensor grad_plan,
                                        double tol, bool want_cost, bool want_a, bool want_b) {
   const sinkhorn::Problems problems = problems_of(cost, eps, a, b, row_lengths, col_lengths);
-  const Gradients out(cost, want_cost, want_a, want_b);
+  const Gradients out(cost, problems.n, problems.m, want_cost, want_a, want_b);
   const IncomingGradients in{grad_value, grad_transport_cost, grad_f, grad_g, grad_plan};
-  const Tensor converged = make(cost, true, ScalarType::Bool, {problems.batch});
+  const Tensor converged = make(cost, true, ScalarType::Bool, of_problem(cost, {}));
   sinkhorn::BackwardParams params = backward_params(problems, cost, potentials, in, want_cost, want_a, want_b, out);
   params.tol = tol;
   params.max_iter = 100 + 10 * (problems.n < problems.m ? problems.n : problems.m);

@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
 #include <cstddef>
 #include <initializer_list>
 #include <optional>
@@ -20,18 +21,37 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline void check_tensor(const Tensor& t, const char* name, const Tensor& like, ScalarType dtype,
-                         std::initializer_list<int64_t> shape) {
+// The sizes of a tensor, outermost first.
+class Shape {
+ public:
+  Shape(std::initializer_list<int64_t> sizes) {
+    for (const int64_t size : sizes) add(size);
+  }
+  void add(int64_t size) {
+    STD_TORCH_CHECK(rank_ < most, "more than four dimensions");
+    sizes_[rank_++] = size;
+  }
+  int64_t rank() const { return static_cast<int64_t>(rank_); }
+  const int64_t* begin() const { return sizes_.data(); }
+  const int64_t* end() const { return sizes_.data() + rank_; }
+
+ private:
+  static constexpr size_t most = 4;
+  std::array<int64_t, most> sizes_{};
+  size_t rank_ = 0;
+};
+
+inline void check_tensor(const Tensor& t, const char* name, const Tensor& like, ScalarType dtype, const Shape& shape) {
   STD_TORCH_CHECK(t.get_device_index() == like.get_device_index() && t.is_cpu() == like.is_cpu(), name,
                   " is on another device than the first argument");
   STD_TORCH_CHECK(t.scalar_type() == dtype, name, " has the wrong dtype");
-  STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(shape.size()), name, " has the wrong number of dimensions");
+  STD_TORCH_CHECK(t.dim() == shape.rank(), name, " has the wrong number of dimensions");
   int64_t d = 0;
   for (const int64_t size : shape) STD_TORCH_CHECK(t.size(d++) == size, name, " has the wrong shape");
 }
 
 inline void check_contiguous(const Tensor& t, const char* name, const Tensor& like, ScalarType dtype,
-                             std::initializer_list<int64_t> shape) {
+                             const Shape& shape) {
   check_tensor(t, name, like, dtype, shape);
   STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
 }
@@ -50,22 +70,22 @@ inline DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
-// An empty tensor where nothing is wanted.
-inline Tensor make(const Tensor& like, bool wanted, ScalarType dtype, std::initializer_list<int64_t> shape) {
-  static constexpr int64_t nothing[] = {0};
-  const int64_t* size = wanted ? shape.begin() : nothing;
-  const std::size_t rank = wanted ? shape.size() : 1;
-  STD_TORCH_CHECK(rank <= 4, "results have at most four dimensions");
-  int64_t strides[4], stride = 1;
-  for (std::size_t d = rank; d-- > 0; stride *= size[d]) strides[d] = stride;
-  int32_t device_type = 0, device_index = 0;
+// A contiguous tensor that holds anything, on the device of `like`; an empty one where nothing is wanted. Not through torch's
+// dispatcher, where the eleven results of a solve would take longer than a small solve itself.
+inline Tensor make(const Tensor& like, bool wanted, ScalarType dtype, const Shape& wanted_shape) {
+  const Shape shape = wanted ? wanted_shape : Shape{0};
+  std::array<int64_t, 4> strides{};
+  int64_t stride = 1;
+  for (int64_t d = shape.rank() - 1; d >= 0; --d) {
+    strides[static_cast<size_t>(d)] = stride;
+    stride *= shape.begin()[d] > 0 ? shape.begin()[d] : 1;
+  }
+  int32_t device_type = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   const auto dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made = nullptr;
-  // By this function of the ABI rather than through the dispatcher, which looks an operator up by its name each time.
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(rank), size, strides, dtype_code, device_type,
-                                                  device_index, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.rank(), shape.begin(), strides.data(), dtype_code, device_type,
+                                                  like.get_device_index(), &made));
   return Tensor(made);
 }
 

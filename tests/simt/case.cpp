@@ -1,5 +1,6 @@
 #include "case.h"
 
+#include <limits>
 #include <stdexcept>
 
 #include "common/simt.h"
@@ -124,6 +125,7 @@ class Case : NamedArrays {
     p.b = read_weights("b");
     p.eps = static_cast<const double*>(needed("eps").data());
     p.eps_stride = stride_of("eps");
+    p.mass_tolerance = number("mass_tolerance", std::numeric_limits<double>::infinity());
     p.row_lengths = static_cast<const int64_t*>(given("row_lengths"));
     p.col_lengths = static_cast<const int64_t*>(given("col_lengths"));
     return p;

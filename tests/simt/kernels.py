@@ -46,6 +46,7 @@ def make_case(
     row_lengths: np.ndarray | None = None,
     col_lengths: np.ndarray | None = None,
     init_g: np.ndarray | None = None,
+    mass_tolerance: float = np.inf,
     tier: str = "any",
     cost_offset: int = 0,
     grads: Mapping[str, np.ndarray] | None = None,
@@ -76,6 +77,7 @@ def make_case(
             case[name], case[f"{name}_strides"] = _storage(broadcast)
     case["eps"] = np.atleast_1d(np.asarray(eps, np.float64))
     case["tol"] = np.atleast_1d(np.asarray(tol, np.float64))
+    case["mass_tolerance"] = np.asarray(mass_tolerance, np.float64)
     for name, lengths in (("row_lengths", row_lengths), ("col_lengths", col_lengths)):
         if lengths is not None:
             case[name] = np.asarray(lengths, np.int64)
