@@ -295,7 +295,8 @@ def check_weights_data(where: str, given: dict[str, tuple[Tensor, Tensor | None]
         raise ValueError(f"{where}: `{names[side]}` must have a positive sum, got 0 for problem {problem}")
     if fault == UNEQUAL_MASSES:
         raise ValueError(
-            f"{where}: `{names[0]}` and `{names[1]}` must have equal sums, got {x:.9g} and {y:.9g} for problem {problem}"
+            f"{where}: `{names[0]}` and `{names[1]}` must have equal sums, "
+            f"got {x:.9g} and {y:.9g} for problem {problem}"
         )
 
 

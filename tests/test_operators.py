@@ -95,6 +95,15 @@ def test_opcheck(grad: str, case: int, device: str) -> None:
         torch.library.opcheck(op, args, test_utils=utils)
 
 
+def test_opcheck_of_what_looks_at_values() -> None:
+    """They give numbers, no tensors; a fake implementation finds nothing wrong."""
+    a, b, lengths = torch.full((2, 3), 1 / 3), torch.full((4,), 0.25).half().expand(2, 4), torch.tensor([3, 2])
+    utils = ["test_schema", "test_faketensor"]
+    torch.library.opcheck(torch.ops.otface.weights_fault, (a, None, b, None, 0.1), test_utils=utils)
+    torch.library.opcheck(torch.ops.otface.weights_fault, (b, None, None, None, 0.1), test_utils=utils)
+    torch.library.opcheck(torch.ops.otface.first_outside, (lengths, 1.0, 3.0), test_utils=utils)
+
+
 def test_every_operator_is_checked() -> None:
     """The operators of the pairs are checked in test_points_pairs.py; sinkhorn_kernel has no tensors."""
     ours = {x.name for x in torch._C._jit_get_all_schemas() if x.name.startswith("otface::sinkhorn_")}
