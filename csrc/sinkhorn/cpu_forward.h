@@ -138,29 +138,10 @@ class ForwardSolver {
 
   // Row i of the plan is (a_i / r_i) K_ij x_j: its sum, its cost, and the row itself where it is asked for. Returns the error.
   double write_plan_and_sums() {
-    scale_columns(s_[current_]);
-    Sums sums = write_plan_and_sums<false>();
-    if (!(sums.cost - sums.cost == 0)) sums = write_plan_and_sums<true>();
-    const Problem<T>& p = problem_;
-    const double error = sums.violation / p.mass_a;
-    static_cast<T*>(params_->transport_cost)[p.index] =
-        static_cast<T>(times_power(sums.cost, -p.cost_exponent - p.mass_exponent));
-    static_cast<T*>(params_->error)[p.index] = static_cast<T>(error);
-    params_->n_iter[p.index] = iteration_;
-    params_->converged[p.index] =
-        tol_ > 0 ? error <= tol_ : error * error <= RoundingLevel<T>::value * static_cast<double>(p.rows + p.cols);
-    return error;
-  }
-
-  struct Sums {
-    double violation, cost;
-  };
-  // Where costs are `Large`, they are multiplied by a small power of two as they are read, so that sums stay finite.
-  template <bool Large>
-  Sums write_plan_and_sums() {
     using V = Vec<T>;
     const Problem<T>& p = problem_;
     const Problems& all = params_->problems;
+    scale_columns(s_[current_]);
     const T *r = r_[current_], *x = x_;
     T* plan = static_cast<T*>(params_->plan);
     if (plan != nullptr) plan += p.index * all.n * all.m;
@@ -169,10 +150,6 @@ class ForwardSolver {
     block_sums_.resize(2 * p.blocks.count);
     rows_.resize(p.blocks.count * 4 * count);
     const V largest = broadcast<V>(std::numeric_limits<T>::max());
-    const auto small = [](auto costs) __attribute__((always_inline)) {
-      if constexpr (Large) return costs * Extremes<T>::small_cost;
-      return costs;
-    };
     matrix_.for_blocks([&](int64_t block, int64_t begin, int64_t end) {
       T* buffer = rows_ + block * 4 * count;
       double violation = 0, cost = 0;
@@ -189,8 +166,7 @@ class ForwardSolver {
             for (int q = 0; q < 4; ++q) {
               const V entry = load<V>(k + q * ld + j) * x_v;
               mass_v[q] += entry;
-              cost_v[q] +=
-                  entry * small(vmin(load<V>(c + q * stride + j), largest));  // forbidden: 0 times a finite number
+              cost_v[q] += entry * vmin(load<V>(c + q * stride + j), largest);  // forbidden: 0 times a finite number
             }
           }
           mass += widen<T>(sum_lanes(mass_v[0], mass_v[1], mass_v[2], mass_v[3]));
@@ -200,7 +176,7 @@ class ForwardSolver {
           const Four<T> costs = matrix_.column_of_four(c + ld + s, stride);
           const Four<T> entry = load<Four<T>>(matrix_.strip(s) + i) * x[ld + s];
           mass += widen<T>(entry);
-          cost_sum += widen<T>(entry * small(vmin(costs, Four<T>{} + largest[0])));
+          cost_sum += widen<T>(entry * vmin(costs, Four<T>{} + largest[0]));
         }
         for (int q = 0; q < 4; ++q) {
           const double a = static_cast<double>(p.a[i + q]), scale = a / static_cast<double>(r[i + q]);
@@ -220,7 +196,34 @@ class ForwardSolver {
       cost += block_sums_[2 * block + 1];
     }
     if (plan != nullptr) fill(plan + p.rows * all.m, (all.n - p.rows) * all.m, T(0));
-    return {violation, Large ? cost / static_cast<double>(Extremes<T>::small_cost) : cost};
+    if (!(cost - cost == 0)) cost = transport_cost_of_large();
+    const double error = violation / p.mass_a;
+    static_cast<T*>(params_->transport_cost)[p.index] =
+        static_cast<T>(times_power(cost, -p.cost_exponent - p.mass_exponent));
+    static_cast<T*>(params_->error)[p.index] = static_cast<T>(error);
+    params_->n_iter[p.index] = iteration_;
+    params_->converged[p.index] =
+        tol_ > 0 ? error <= tol_ : error * error <= RoundingLevel<T>::value * static_cast<double>(p.rows + p.cols);
+    return error;
+  }
+
+  // The transport cost where a sum of costs that are not scaled by their row yet is beyond the range of T.
+  double transport_cost_of_large() {
+    const Problem<T>& p = problem_;
+    constexpr double small = Extremes<T>::small_cost;
+    double cost = 0;
+    for (int64_t i = 0; i < p.rows; ++i) {
+      T* c = rows_;
+      p.cost.read(i, c);
+      const T* k = matrix_.row(i, c + p.padded_cols);
+      double sum = 0;
+      for (int64_t j = 0; j < p.cols; ++j) {
+        const double entry = static_cast<double>(k[j]) * static_cast<double>(x_[j]);
+        if (entry > 0) sum += entry * (static_cast<double>(c[j]) * small);
+      }
+      cost += static_cast<double>(p.a[i]) / static_cast<double>(r_[current_][i]) * sum;
+    }
+    return cost / small;
   }
 
   void write_plan_row(int64_t i, T r, T* buffer, T* out) const {
