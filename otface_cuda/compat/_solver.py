@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ class Solver(NamedTuple):
     problems: Problems
     exactly: Tensor
     """(B,) float64: the tolerance 0, which no problem reaches before the last iteration."""
+    mass_tolerance: float  # of the weights, as `Settings` has it
 
     def __call__(
         self,
@@ -31,13 +33,13 @@ class Solver(NamedTuple):
         return_plan: bool = True,
     ) -> SinkhornOutput:
         """From g = `start` (B, m), in the dtype of the arithmetic and contiguous, or from 0."""
-        settings = Settings(self.where, max_iter, check_every, grad, return_plan)
-        return _solve(self.problems, self.exactly if tol is None else tol, start, settings, True)
+        settings = Settings(self.where, max_iter, check_every, grad, return_plan, self.mass_tolerance)
+        return _solve(self.problems, self.exactly if tol is None else tol, start, settings)
 
     def only(self, k: int) -> Solver:
         """The problem k by itself."""
         one = Problems(*(None if x is None else x[k : k + 1] for x in self.problems))  # type: ignore[arg-type]
-        return Solver(self.where, one, self.exactly[:1])
+        return Solver(self.where, one, self.exactly[:1], self.mass_tolerance)
 
 
 def solver_of(
@@ -55,8 +57,8 @@ def solver_of(
     check_not_empty(where, name, cost)
     rows = _checks.lengths(where, "row_lengths", row_lengths, batch, n, name, cost)
     cols = _checks.lengths(where, "col_lengths", col_lengths, batch, m, name, cost)
-    a, b = _weights(where, name, a, b, cost, True, rows, cols)
-    return solver_of_checked(where, Problems(cost, eps, a, b, rows, cols))
+    a, b, mass_tolerance = _weights(where, name, a, b, cost, rows, cols)
+    return solver_of_checked(where, Problems(cost, eps, a, b, rows, cols), mass_tolerance)
 
 
 def transposed_solver_of(where: str, M: Tensor, eps: Tensor, a: Tensor, b: Tensor) -> Solver:
@@ -64,14 +66,17 @@ def transposed_solver_of(where: str, M: Tensor, eps: Tensor, a: Tensor, b: Tenso
     check_not_empty(where, "M", M)
     size, real = b.shape[1], real_dtype(M)
     rows, columns = b.mT, a.expand(size, -1)
-    _checks.check_weights_data(where, {"a": (columns, None), "b": (rows, None)})
+    mass_tolerance = _checks.mass_tolerance(columns, rows)
+    _checks.check_weights_data(where, {"a": (columns, None), "b": (rows, None)}, mass_tolerance)
     cost = M.mT.expand(size, -1, -1)
-    return solver_of_checked(where, Problems(cost, eps.expand(size), rows.to(real), columns.to(real), None, None))
+    problems = Problems(cost, eps.expand(size), rows.to(real), columns.to(real), None, None)
+    return solver_of_checked(where, problems, mass_tolerance)
 
 
-def solver_of_checked(where: str, problems: Problems) -> Solver:
+def solver_of_checked(where: str, problems: Problems, mass_tolerance: float = math.inf) -> Solver:
+    """`mass_tolerance` as of the weights; without any it has no meaning."""
     exactly = torch.zeros((), dtype=torch.float64, device=problems.cost.device)
-    return Solver(where, problems, exactly.expand(len(problems.cost)))
+    return Solver(where, problems, exactly.expand(len(problems.cost)), mass_tolerance)
 
 
 def check_not_empty(where: str, name: str, cost: Tensor) -> None:
