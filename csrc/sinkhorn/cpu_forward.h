@@ -178,10 +178,11 @@ class ForwardSolver {
           mass += widen<T>(entry);
           cost_sum += widen<T>(entry * vmin(costs, Four<T>{} + largest[0]));
         }
+        const Four<double> a = widen<T>(load<Four<T>>(p.a + i)), scale = a / widen<T>(load<Four<T>>(r + i));
+        const Four<double> row_cost = scale * cost_sum;
         for (int q = 0; q < 4; ++q) {
-          const double a = static_cast<double>(p.a[i + q]), scale = a / static_cast<double>(r[i + q]);
-          violation += __builtin_fabs(scale * mass[q] - a);
-          cost += scale * cost_sum[q];
+          violation += __builtin_fabs(scale[q] * mass[q] - a[q]);
+          cost += row_cost[q];
         }
         if (plan != nullptr)
           for (int64_t q = 0; q < 4 && i + q < p.rows; ++q)
