@@ -22,15 +22,19 @@ MODES = ["envelope", "unrolled", "implicit"]
 EPS = 0.5
 
 
+# They look at values and return numbers: tests of their own.
+LOOK = ("otface::first_outside", "otface::weights_fault", "otface::look_at_labels")
+
+
 class Recorder(TorchDispatchMode):
-    """Keeps the arguments of every call of a Sinkhorn operator."""
+    """Keeps the arguments of every call of an operator of ours that computes something."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, tuple[Any, ...]]] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op.name().startswith("otface::sinkhorn_"):
+        if op.name().startswith("otface::") and op.name() not in LOOK:
             assert not kwargs
             self.calls.append((op, tuple(x.detach() if isinstance(x, Tensor) else x for x in args)))
         return op(*args, **(kwargs or {}))

@@ -314,7 +314,7 @@ def test_gradients_have_the_layout_that_tracing_is_told(metric: str) -> None:
     points = random_features(3, 7, 5, seed=65, dtype=torch.float32).mT.contiguous().mT
     pairs = torch.tensor([[0, 1], [2, 1]])
     eps, tol = torch.full((2,), 0.5, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    arguments = (points, pairs, eps, None, None, tol, metric, 5, 5, "envelope", 1 << 20)
+    arguments = (points, pairs, eps, None, None, tol, metric, 5, 5, "envelope", 1 << 20, 0.1)
     out = torch.ops.otface.sinkhorn_pairs_forward(*arguments)
     backward = (*arguments, out[7], out[5], torch.ones(2), None, None, None, True, False, False)
     torch.library.opcheck(torch.ops.otface.sinkhorn_pairs_backward, backward)
