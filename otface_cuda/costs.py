@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .autograd import once_differentiable
+from .autograd import needs_graph, once_differentiable
 
 METRICS = ("cosine", "sqeuclidean", "euclidean")  # in the order of `Metric` of csrc/pairs/near.h
 
@@ -82,19 +82,25 @@ def cost_and_squares(x: Tensor, y: Tensor, metric: str) -> tuple[Tensor, Squares
 
     From a matrix product, and for points that are near to one another from their differences: csrc/pairs/near.h.
     """
+    if not torch.is_autocast_enabled(x.device.type):  # to enter the context takes as long as a small product
+        return _cost_and_squares(x, y, metric)
     with torch.autocast(x.device.type, enabled=False):
-        squares: Squares = (None, None)
-        if metric == "cosine":
-            cost = torch.baddbmm(x.new_ones(()), x, y.mT, alpha=-1)
-        else:
-            a, b = _centred(x, y)
-            squares = of_a, of_b = _squares(a, b)
-            # |a - b|^2 = |a|^2 + |b|^2 - 2 <a, b>
-            cost = torch.baddbmm(of_a[:, :, None] + of_b[:, None, :], a, b.mT, alpha=-2)
-            if metric == "euclidean":
-                cost.sqrt_()
-        _ops.near_costs(cost, x.contiguous(), y.contiguous(), *squares, METRICS.index(metric))
-        return cost, squares
+        return _cost_and_squares(x, y, metric)
+
+
+def _cost_and_squares(x: Tensor, y: Tensor, metric: str) -> tuple[Tensor, Squares]:
+    squares: Squares = (None, None)
+    if metric == "cosine":
+        cost = torch.baddbmm(x.new_ones(()), x, y.mT, alpha=-1)
+    else:
+        a, b = _centred(x, y)
+        squares = of_a, of_b = _squares(a, b)
+        # |a - b|^2 = |a|^2 + |b|^2 - 2 <a, b>
+        cost = torch.baddbmm(of_a.unsqueeze(2) + of_b.unsqueeze(1), a, b.mT, alpha=-2)
+        if metric == "euclidean":
+            cost.sqrt_()
+    _ops.near_costs.default(cost, x.contiguous(), y.contiguous(), *squares, METRICS.index(metric))
+    return cost, squares
 
 
 def cost_of_prepared(x: Tensor, y: Tensor, metric: str) -> Tensor:
@@ -154,7 +160,10 @@ class PairwiseCost(torch.autograd.Function):
 
 def pairwise_cost(x: Tensor, y: Tensor, metric: str) -> Tensor:
     """Points (B, n, d) and (B, m, d) to their cost matrices (B, n, m), differentiable once."""
-    cost: Tensor = PairwiseCost.apply(prepare_points(x, metric), prepare_points(y, metric), metric)
+    x, y = prepare_points(x, metric), prepare_points(y, metric)
+    if not needs_graph(x, y):
+        return cost_of_prepared(x, y, metric)
+    cost: Tensor = PairwiseCost.apply(x, y, metric)
     return cost
 
 
