@@ -155,6 +155,8 @@ def numbers(where: str, name: str, x: Any, batch: int, like_name: str, like: Ten
     number = float(x)
     if not ((number > 0 if positive else number >= 0) and number < math.inf):
         raise wrong_value(where, name, "positive and finite" if positive else "at least 0 and finite", x)
+    if torch.compiler.is_compiling():  # an input of the graph, not a constant: see _numbers.py
+        return torch.ones((), dtype=torch.float64, device=like.device) * number
     return torch.full((), number, dtype=torch.float64, device=like.device)
 
 

@@ -39,7 +39,8 @@ def warn_of_tol(where: str, tol: float | Tensor, max_iter: int, error: Tensor, c
         remedies = "a larger eps" + ("" if error.dtype == torch.float64 else " or costs in float64")
         warn(
             f"{where}: `tol` was not reached by {count} of {missed.numel()} problems within `max_iter` ({max_iter}) "
-            f"iterations, their largest error is {worst:.3g}; more iterations or {remedies} may help"
+            f"iterations, their largest error is {worst:.3g}; more iterations or {remedies} may help",
+            kind=f"{where}: tol",
         )
 
 
@@ -51,18 +52,20 @@ def warn_of_adjoint(where: str, solved: Tensor) -> None:
         return
     warn(
         f"{where}: the adjoint system of the implicit gradient was not solved for {int((~solved).sum())} of "
-        f"{solved.numel()} problems, whose gradients are NaN; more iterations, a larger eps or grad='unrolled' may help"
+        f"{solved.numel()} problems, whose gradients are NaN; more iterations, a larger eps or grad='unrolled' "
+        "may help",
+        kind=f"{where}: adjoint",
     )
 
 
-_shown: dict[tuple[str, int], dict[Any, Any]] = {}  # for each line, what `warnings` keeps for a module
+_shown: dict[tuple[str, int, str], dict[Any, Any]] = {}  # for each line and kind, what `warnings` keeps for a module
 
 
-def warn(text: str) -> None:
-    """A :class:`ConvergenceWarning` of the user's line."""
+def warn(text: str, kind: str) -> None:
+    """A :class:`ConvergenceWarning` of the user's line, where one of another kind may have been shown."""
     frame = users_frame()
     path, line = frame.f_code.co_filename, frame.f_lineno
-    registry = _shown.setdefault((path, line), {})
+    registry = _shown.setdefault((path, line, kind), {})
     # `warnings` knows what it has shown by the text, but another number is the same warning.
     for key in [key for key in registry if key != "version"]:
         registry[text, ConvergenceWarning, line] = registry.pop(key)

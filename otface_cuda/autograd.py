@@ -1,6 +1,6 @@
 """The operators `torch.ops.otface.sinkhorn_*` under torch's autograd, and what tracing needs to know of them.
 
-Everything here is batched and checked: see `functional.py` for the arguments that users give.
+Everything here is checked: see `functional.py` for the arguments that users give.
 """
 
 from __future__ import annotations

@@ -168,10 +168,10 @@ def sinkhorn_points(
             ``"euclidean"``: \|x_i - y_j\|, with gradient 0 where the points coincide. All come from a matrix product,
             and for points that are near to one another from their differences: never negative, exactly 0 for equal
             points (for the cosine: equal unit vectors), with a relative error of 2.4e-4 at most in float32, 4.5e-13 in
-            float64; of a cosine also of 4 u / t, for points at an angle t whose directions are rounded by u = 6e-8 or
-            1.1e-16. The gradient of a distance is right to the same share of its terms. Of points that are not finite
-            nothing reaches the costs of others, and a Euclidean distance is right also where its square is too large or
-            too small for the dtype. The products are torch's, which rounds more if
+            float64; of a cosine also of 4 u / t + 4 (u / t)^2, for points at an angle t whose directions are rounded by
+            u = 6e-8 or 1.1e-16. The gradient of a distance is right to the same share of its terms. Of points that are
+            not finite nothing reaches the costs of others, and a Euclidean distance is right also where its square is
+            too large or too small for the dtype. The products are torch's, which rounds more if
             ``torch.set_float32_matmul_precision`` allows it (TensorFloat32 on CUDA): then what is not near, costs above
             (sqrt(d) + 4) / 1024 of \|x\|^2 + \|y\|^2 about the mean point (of 1 for the cosine), is right to 1/256 of
             these.

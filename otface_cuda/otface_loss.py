@@ -80,7 +80,8 @@ class OTFaceLoss(MarginHead):
         alpha, max_triplets: as in :func:`mine_hard_triplets`; with ``max_triplets`` the module can be compiled as a
             whole and nothing waits for a GPU.
         ignore_index, label_smoothing, class_weight: as in :class:`MarginSoftmaxLoss`. A row whose label is
-            ``ignore_index`` is no person: it has no loss and is in no triplet.
+            ``ignore_index`` is no person: it has no loss and is in no triplet. Its embedding may hold anything, its
+            feature map has to be finite.
 
     All of them are attributes that ``forward`` reads, and may be assigned at any time, as a schedule of the margin or
     of ``ot_weight`` does: see :class:`MarginSoftmaxLoss`.
@@ -199,9 +200,9 @@ def _warn_if_impossible(where: str, labels: Tensor) -> None:
     people, counts = labels.unique(return_counts=True)
     if len(labels) == 0 or (len(people) > 1 and counts.max() > 1):
         return
-    what = "each has one of its own" if counts.max() == 1 else "all are of one"
+    what = "here each has one of its own" if counts.max() == 1 else "here all are of one"
     warn_users_line(
         f"{where}: a batch needs several rows of one class, and of more than one class, for the transport loss, which "
-        f"is 0 otherwise; of {len(labels)} rows {what}",
+        f"is 0 otherwise; {what}",  # no number: `warnings` knows by the text what it has shown
         UserWarning,
     )

@@ -401,3 +401,27 @@ X = torch.zeros(B, D)
 def test_wrong_batches(args: Any, error: type[Exception], message: str, rate: float) -> None:
     with pytest.raises(error, match=f"PartialFC_V2: .*{message}"):
         PartialFC_V2(ArcFace(), D, C, rate)(*args)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: CombinedMarginLoss(64.0, "a", 0.5, 0.0), "m1"),
+        (lambda: CombinedMarginLoss(64.0, 1.0, -1, 0.0), "m2"),
+        (lambda: CombinedMarginLoss(64.0, 1.0, 0.5, "x"), "m3"),
+        (lambda: CombinedMarginLoss(64.0, 1.0, 0.5, 0.0, "a"), "interclass_filtering_threshold"),
+        (lambda: ArcFace(64.0, 4.0), "margin"),
+        (lambda: CosFace(64.0, -0.1), "m"),
+        (lambda: PartialFC_V2(CosFace(), 4, 5, fp16="a"), "fp16"),
+    ],
+)
+def test_wrong_settings_have_the_names_of_the_original(make: Any, name: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f": `{name}` must be"):
+        make()
+
+
+def test_a_wrong_scale_that_is_assigned() -> None:
+    loss = CombinedMarginLoss(64.0, 1.0, 0.5, 0.0)
+    loss.s = -1.0
+    with pytest.raises(ValueError, match=r"^CombinedMarginLoss: `s` must be positive"):
+        loss(torch.rand(2, 3), torch.tensor([0, 1]))

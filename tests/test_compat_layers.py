@@ -257,3 +257,17 @@ def test_refused_data(device: str) -> None:
         SinkhornDistanceCost(0.1, 10)(torch.ones(5, device=device))
     with refused(ValueError, "SinkhornDistanceCost", "C", "(2, 0, 5)"):
         SinkhornDistanceCost(0.1, 10)(torch.ones(2, 0, 5, device=device))
+
+
+def test_reduction_that_is_taken_away() -> None:
+    layer = SinkhornDistanceCost(0.1, 5, "mean")
+    layer.reduction = None
+    assert layer(torch.rand(2, 3, 4))[0].shape == (2,)
+
+
+def test_schedule_of_eps_under_compile(fresh_compiler: None) -> None:
+    layer = SinkhornDistanceCost(0.1, 5, thresh=0)
+    compiled, cost = torch.compile(layer, backend="aot_eager", fullgraph=True), torch.rand(2, 3, 4)
+    for step in range(12):
+        layer.eps = 0.1 + 0.05 * step
+        assert torch.equal(compiled(cost)[0], layer(cost)[0])

@@ -227,3 +227,40 @@ def test_refused_data(device: str) -> None:
     for alpha in (math.nan, "1"):
         with pytest.raises((ValueError, TypeError), match="`alpha`"):
             head_for(OTFace_Arcface, batch, alpha=alpha)(*batch[:3], 0)
+
+
+@pytest.mark.parametrize("head", [OTFace_Arcface, OTFace_AMsoftmax])
+def test_ignored_rows_are_in_no_triplet(head: Any) -> None:
+    """Two rows of label -100 are not two images of a person."""
+    batch = random_batch([-100, -100, 0, 1])
+    made = head(batch.embeddings.shape[1], 5).double()
+    out = made(batch.embeddings, batch.maps, batch.labels, 0)
+    assert out[1].item() == 0
+    assert tuple(out[3:]) in ((), (0, 0))
+
+
+@pytest.mark.parametrize("head", [ArcFace, AMsoftmax, OTFace_Arcface, OTFace_AMsoftmax])
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"s": -1}, "s"), ({"s": 0}, "s"), ({"s": math.nan}, "s"), ({"m": -1}, "m"), ({"m": "a"}, "m"),
+        ({"easy_margin": "x"}, "easy_margin"), ({"alpha": "a"}, "alpha"), ({"alpha": math.inf}, "alpha"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_settings_are_refused_at_once(head: Any, settings: dict[str, Any], name: str) -> None:
+    if name == "alpha" and not head.__name__.startswith("OTFace"):
+        pytest.skip("has no alpha")
+    with pytest.raises((TypeError, ValueError), match=f"^{head.__name__}: `{name}` must be"):
+        head(4, 5, **settings)
+
+
+def test_a_wrong_setting_that_is_assigned() -> None:
+    head = OTFace_Arcface(4, 5)
+    maps, labels = torch.randn(4, 3, 2, 2), torch.tensor([0, 0, 1, 1])
+    for name, value in (("s", -1.0), ("m", 4.0), ("beta", -1.0)):
+        before = getattr(head, name)
+        setattr(head, name, value)
+        with pytest.raises(ValueError, match=f"^OTFace_Arcface: `{name}` must be"):
+            head(torch.randn(4, 4), maps, labels, 0)
+        setattr(head, name, before)

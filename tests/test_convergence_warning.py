@@ -186,7 +186,7 @@ class TestFilters:
             warnings.simplefilter("default")
             for seed in range(20):
                 otface_cuda.sinkhorn(random_problem(2, 6, 6, seed=seed, device=device).cost, EPS, **TOO_FEW)
-        place = caught[0].filename, caught[0].lineno
+        place = caught[0].filename, caught[0].lineno, "sinkhorn: tol"
         assert len(otface_cuda._convergence._shown[place]) == 2  # the text, and the version of the filters
 
 
@@ -226,3 +226,13 @@ class TestReplacements:
             pot.sinkhorn([], [], cost, EPS, numItermax=2)
         assert [w.category for w in caught] == [UserWarning]
         assert caught[0].filename == __file__
+
+
+def test_both_kinds_on_one_line() -> None:
+    """That the tol was missed does not hide that the gradients are NaN."""
+    cost = torch.rand(1, 30, 30, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            otface_cuda.sinkhorn(cost, 1e-4, max_iter=3, tol=1e-9, grad="implicit").value.sum().backward()
+    assert ["`tol`" in str(w.message) for w in shown] == [True, False]

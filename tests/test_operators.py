@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import otface_cuda
@@ -263,3 +264,15 @@ def test_few_modules_are_imported() -> None:
     by_import, by_calls = map(int, done.stdout.split())
     assert by_import <= 20
     assert by_calls <= 5
+
+
+@pytest.mark.parametrize("name", ["eps", "tol"])
+def test_numbers_that_change_do_not_compile_anew(name: str, fresh_compiler: None) -> None:
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(otface_cuda.sinkhorn, backend=graphs, fullgraph=True)
+    cost = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(4))
+    for step in range(12):
+        settings = {"eps": 0.3, "tol": 1e-3, "max_iter": 20, name: 0.1 + 0.05 * step}
+        for x, y in zip(compiled(cost, **settings), otface_cuda.sinkhorn(cost, **settings), strict=True):
+            assert (x is None and y is None) or torch.equal(x, y)
+    assert graphs.frame_count <= 2

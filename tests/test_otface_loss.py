@@ -152,7 +152,7 @@ def test_ignored_rows_are_no_person(max_triplets: int | None, ignore_index: int,
 @pytest.mark.parametrize("max_triplets", [None, 3])
 def test_two_ignored_rows_are_no_pair(max_triplets: int | None, device: str) -> None:
     batch = random_batch([-100, -100, 0]).to(torch.float32, device)
-    with pytest.warns(UserWarning, match="of 1 rows each has one of its own"):
+    with pytest.warns(UserWarning, match="here each has one of its own"):
         out, grads = run(batch, max_triplets=max_triplets)
     assert (out.n_hard, out.n_active, out.ot_loss) == (0, 0, 0)
     assert (grads[1] == 0).all()
@@ -177,7 +177,7 @@ def test_settings_of_the_margin_loss(device: str) -> None:
 @pytest.mark.parametrize("max_triplets", [None, 3])
 @pytest.mark.parametrize(
     ("labels", "what"),
-    [([0, 1, 2, -100], "of 3 rows each has one of its own"), ([1, 1, -100, 1], "of 3 rows all are of one")],
+    [([0, 1, 2, -100], "here each has one of its own"), ([1, 1, -100, 1], "here all are of one")],
 )
 def test_a_note_that_there_is_no_triplet(
     labels: list[int], what: str, max_triplets: int | None, device: str, monkeypatch: pytest.MonkeyPatch
@@ -542,3 +542,12 @@ def test_every_argument_has_its_cases() -> None:
     settings = inspect.signature(OTFaceLoss).parameters.keys() - {"device", "dtype"}
     assert SETTINGS.keys() == settings
     assert DATA.keys() - {"x"} == inspect.signature(OTFaceLoss.forward).parameters.keys() - {"self"}
+
+
+def test_the_note_comes_once_whatever_the_size() -> None:
+    loss = OTFaceLoss(9, 4)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        for size in (2, 3, 4):
+            loss(torch.randn(size, 4), torch.randn(size, 3, 2, 2), torch.arange(size))
+    assert len(shown) == 1

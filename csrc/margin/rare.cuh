@@ -31,8 +31,8 @@ const char* launch_rescaled_products(const RescaledProductsParams& params, simt:
 
 //   grad_b = sum_j H_bj w_j 2^-exponent_j over the rescaled classes, or grad_b + that;   H_bj = 0
 //
-// A warp per row, each lane its columns, and of every 32 classes one, whose H it hands round; no shared memory. Without rescaled classes one number is read, and grad is set to
-// zero if nothing is in it yet.
+// A warp per row, each lane its columns, and of every 32 classes one, whose H it hands round; no shared memory. Without
+// rescaled classes one number is read, and grad is set to zero if nothing is in it yet.
 template <class T>
 __global__ void __launch_bounds__(kThreads) add_rescaled(const __grid_constant__ RescaledGradientsParams p) {
   const int64_t index = simt::block_index() * kRowsPerBlock + warp_index();

@@ -1,5 +1,5 @@
-// The costs of listed pairs: C_k = 1 - U_i U_j^T; those of near points from their differences. Part of the translation unit of one instruction set: include through
-// cpu_kernels.h only.
+// The costs of listed pairs: C_k = 1 - U_i U_j^T; those of near points from their differences. Part of the translation
+// unit of one instruction set: include through cpu_kernels.h only.
 //
 // Elements of U_i come from `rows`, vectors over the points of j from `columns`. The points of j that fill no panel take
 // the part of i, so that only the panel that they do not fill is partly computed in vain. Per pair p^2 d multiply-adds.

@@ -20,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from .. import _checks, margins
 from ..margin_softmax import cosine_margin_logits, margin_softmax_loss
-from ._inputs import check_embeddings, check_goes_with
+from ._inputs import angle_margin, check_embeddings, check_goes_with, check_scale, cosine_margin
 
 if TYPE_CHECKING:
     from .._typing import called_as
@@ -36,8 +36,7 @@ class _MarginLoss(nn.Module, ABC):
 
     def __init__(self, s: float) -> None:
         super().__init__()
-        if _checks.check_finite(type(self).__name__, "s", s) <= 0:
-            raise _checks.wrong_value(type(self).__name__, "s", "positive", s)
+        check_scale(type(self).__name__, s)
         self.s = s
 
     @abstractmethod
@@ -63,7 +62,7 @@ class _MarginLoss(nn.Module, ABC):
             on_top = on_top.where(labels == target, 0)
             if not _checks.checks_data(labels):
                 on_top.masked_fill_((labels < -1) | (labels >= classes), torch.nan)
-        return logits.scatter_add(1, target, on_top) * self.s
+        return logits.scatter_add(1, target, on_top) * check_scale(where, self.s)
 
     if TYPE_CHECKING:
 
@@ -102,13 +101,16 @@ class CombinedMarginLoss(_MarginLoss):
         self.m2 = m2
         self.m3 = m3
         self.interclass_filtering_threshold = interclass_filtering_threshold
+        for name in ("m1", "m2", "m3", "interclass_filtering_threshold"):
+            _checks.check_finite("CombinedMarginLoss", name, getattr(self, name))
         self.target_margin()
 
     def target_margin(self) -> margins.Margin:
+        where = type(self).__name__
         if self.m1 == 1 and self.m3 == 0:
-            return _arcface(self.m2)
+            return _arcface(where, "m2", self.m2)
         if self.m3 > 0:
-            return margins.CosFace(self.m3)
+            return cosine_margin(where, "m3", self.m3)
         raise ValueError(
             "CombinedMarginLoss: `m1` and `m3` must be 1 and 0 for a margin of m2 on the angle, or `m3` positive for "
             f"one of m3 on the cosine, got m1={self.m1} and m3={self.m3}"
@@ -131,7 +133,7 @@ class ArcFace(_MarginLoss):
         self.target_margin()
 
     def target_margin(self) -> margins.Margin:
-        return _arcface(self.margin)
+        return _arcface(type(self).__name__, "margin", self.margin)
 
 
 class CosFace(_MarginLoss):
@@ -147,7 +149,7 @@ class CosFace(_MarginLoss):
         self.target_margin()
 
     def target_margin(self) -> margins.Margin:
-        return margins.CosFace(self.m)
+        return cosine_margin(type(self).__name__, "m", self.m)
 
 
 class PartialFC_V2(nn.Module):  # noqa: N801
@@ -205,6 +207,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         if not 0 <= self.sample_rate <= 1:
             raise _checks.wrong_value(where, "sample_rate", "from 0 to 1", sample_rate)
         self.num_sample = int(self.sample_rate * num_classes)
+        _checks.check_bool(where, "fp16", fp16)
         self.fp16 = fp16
         self.weight = nn.Parameter(torch.normal(0, 0.01, (num_classes, embedding_size)))
         self.margin_softmax: Any = margin_loss
@@ -243,8 +246,8 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-def _arcface(m: float) -> margins.Margin:
-    return margins.ArcFace(m, beyond_pi="none", grad="straight_through")
+def _arcface(where: str, name: str, m: float) -> margins.Margin:
+    return angle_margin(where, name, m, beyond_pi="none", grad="straight_through")
 
 
 def _is_fused(margin_loss: Any) -> bool:

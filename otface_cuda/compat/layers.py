@@ -83,8 +83,10 @@ class SinkhornDistanceCost(nn.Module):
         out = solve(count, None, grad="unrolled")
         assert out.plan is not None
         cost, plan = (out.transport_cost, out.plan) if C.dim() == 3 else (out.transport_cost[0], out.plan[0])
-        if self.reduction != "none":
-            cost = cost.mean() if self.reduction == "mean" else cost.sum()
+        if self.reduction == "mean":
+            cost = cost.mean()
+        elif self.reduction == "sum":
+            cost = cost.sum()
         return cost, plan, C
 
 
@@ -132,9 +134,7 @@ class SinkhornDistance(SinkhornDistanceCost):
 
 def uniform_solver_of(where: str, costs: Tensor, eps: float) -> Solver:
     """Of costs (N, n, m) between uniform weights."""
-    if not (math.isfinite(eps) and eps > 0):
-        raise _checks.wrong_value(where, "eps", "positive and finite", eps)
-    strengths = torch.full((), eps, dtype=torch.float64, device=costs.device).expand(len(costs))
+    strengths = _checks.per_problem(where, "eps", eps, len(costs), "C", costs, positive=True)
     return solver_of_checked(where, Problems(costs, strengths, None, None, None, None))
 
 

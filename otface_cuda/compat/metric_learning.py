@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import _checks, margins
 from ..margin_reference import margin_reference
 from ..margin_softmax import margin_softmax_loss
-from ._inputs import check_embeddings
+from ._inputs import check_embeddings, cosine_margin
 from ._metric_learning_base import IGNORED, AngularLoss, own_cosines
 
 __all__ = ["ArcFaceLoss", "CosFaceLoss", "SphereFaceLoss", "SubCenterArcFaceLoss"]
@@ -108,7 +108,7 @@ class CosFaceLoss(_FusedLoss):
         self._margin()
 
     def _margin(self) -> margins.Margin:
-        return margins.CosFace(self.margin)
+        return cosine_margin(type(self).__name__, "margin", self.margin)
 
 
 class SphereFaceLoss(AngularLoss):
@@ -132,8 +132,10 @@ class SphereFaceLoss(AngularLoss):
         super().__init__(num_classes, embedding_size, margin, scale, **kwargs)
 
     def init_margin(self) -> None:
-        self.margin = int(self.margin)
-        self._margin()
+        where = type(self).__name__
+        self.margin = int(_checks.check_finite(where, "margin", self.margin))
+        if self.margin < 1:
+            raise _checks.wrong_value(where, "margin", "at least 1", self.margin)
 
     def modify_cosine_of_target_classes(self, cosine_of_target_classes: Tensor) -> Tensor:
         if not self._is_changed("get_angles"):

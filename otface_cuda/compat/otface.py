@@ -12,6 +12,7 @@ input.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from .. import _checks, margins
 from ..margin_softmax import cosine_margin_logits
 from ..mining import mine_hard_triplets
 from ..ot_triplet import ot_triplet_loss
-from ._inputs import check_embeddings, check_goes_with
+from ._inputs import angle_margin, check_embeddings, check_goes_with, check_scale, cosine_margin
 
 IGNORED = -100  # as of `F.cross_entropy`, which the logits are for
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from .._typing import called_as
 
 
-class _Head(nn.Module):
+class _Head(nn.Module, ABC):
     kernel: nn.Parameter
 
     def __init__(self, in_features: int, out_features: int, s: float, m: float, easy_margin: bool) -> None:
@@ -37,14 +38,21 @@ class _Head(nn.Module):
         where = type(self).__name__
         self.in_features = _checks.check_int(where, "in_features", in_features, 1)
         self.out_features = _checks.check_int(where, "out_features", out_features, 1)
-        self.s, self.m, self.easy_margin = s, m, easy_margin
+        self.s = check_scale(where, s)
+        self.m, self.easy_margin = _checks.check_finite(where, "m", m), easy_margin
+        _checks.check_bool(where, "easy_margin", easy_margin)
+        self._margin()
         self.kernel = nn.Parameter(torch.empty(in_features, out_features))
         nn.init.normal_(self.kernel, std=0.01)
+
+    @abstractmethod
+    def _margin(self) -> margins.Margin:
+        """Of the attributes as they are now."""
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, s={self.s}, m={self.m}, easy_margin={self.easy_margin}"
 
-    def _logits(self, embeddings: Tensor, label: Tensor, margin: margins.Margin) -> tuple[Tensor, Tensor]:
+    def _logits(self, embeddings: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """With the margin, and cos * s without it and without gradient: they differ in each row's own class only."""
         where = type(self).__name__
         check_embeddings(where, "embeddings", embeddings, self.in_features)
@@ -52,7 +60,9 @@ class _Head(nn.Module):
         label = _checks.class_labels(where, label, "embeddings", embeddings, "label")
         all_here = _checks.check_classes(where, label, self.out_features, IGNORED, "label")
         weight = self.kernel.t()
-        logits = cosine_margin_logits(embeddings, weight, label, margin=margin, scale=self.s)
+        logits = cosine_margin_logits(
+            embeddings, weight, label, margin=self._margin(), scale=check_scale(where, self.s)
+        )
         own = label if all_here else label.clamp(0, self.out_features - 1)
         cosine = _cosines(embeddings.detach(), weight.detach().index_select(0, own))
         plain = logits.detach().clamp(-self.s, self.s)
@@ -69,7 +79,7 @@ class _Head(nn.Module):
             wrong = _checks.wrong_value if isinstance(conv_features, Tensor) else _checks.wrong_type
             expected = f"a tensor of shape ({embeddings.shape[0]}, C, H, W) to go with `embeddings`"
             raise wrong(type(self).__name__, "conv_features", expected, conv_features)
-        triplets = mine_hard_triplets(embeddings, label, alpha)
+        triplets = mine_hard_triplets(embeddings, label, alpha, ignore_index=IGNORED)
         loss, _, n_active = ot_triplet_loss(conv_features, triplets if epoch >= 0 else triplets[:0])
         return loss[None], len(triplets), int(n_active)
 
@@ -109,7 +119,10 @@ class ArcFace(_Head):
         super().__init__(in_features, out_features, s, m, easy_margin)
 
     def forward(self, embeddings: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        return self._logits(embeddings, label, margins.ArcFace(self.m, easy_margin=self.easy_margin))
+        return self._logits(embeddings, label)
+
+    def _margin(self) -> margins.Margin:
+        return angle_margin(type(self).__name__, "m", self.m, easy_margin=self.easy_margin)
 
     if TYPE_CHECKING:
 
@@ -133,7 +146,10 @@ class AMsoftmax(_Head):
         super().__init__(in_features, out_features, s, m, easy_margin)
 
     def forward(self, embeddings: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        return self._logits(embeddings, label, margins.CosFace(self.m))
+        return self._logits(embeddings, label)
+
+    def _margin(self) -> margins.Margin:
+        return cosine_margin(type(self).__name__, "m", self.m)
 
     if TYPE_CHECKING:
 
@@ -176,13 +192,17 @@ class OTFace_Arcface(ArcFace):  # noqa: N801
         beta: float = 0,
     ) -> None:
         super().__init__(in_features, out_features, s, m, easy_margin)
-        if _checks.check_finite("OTFace_Arcface", "beta", beta) < 0:
-            raise _checks.wrong_value("OTFace_Arcface", "beta", "at least 0", beta)
-        self.alpha, self.beta = alpha, beta
+        self.alpha, self.beta = _checks.check_finite("OTFace_Arcface", "alpha", alpha), beta
+        self._check_beta()
+
+    def _check_beta(self) -> None:
+        if _checks.check_finite(type(self).__name__, "beta", self.beta) < 0:
+            raise _checks.wrong_value(type(self).__name__, "beta", "at least 0", self.beta)
 
     def forward(  # type: ignore[override]
         self, embeddings: Tensor, conv_features: Tensor, label: Tensor, epoch: int
     ) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        self._check_beta()
         logits, plain = super().forward(embeddings, label)
         loss, n_hard, n_active = self._transport(embeddings, conv_features, label, epoch, self.alpha)
         return logits, loss, plain, n_hard, n_active
@@ -218,7 +238,7 @@ class OTFace_AMsoftmax(AMsoftmax):  # noqa: N801
         alpha: float = 0,
     ) -> None:
         super().__init__(in_features, out_features, s, m, easy_margin)
-        self.alpha = alpha
+        self.alpha = _checks.check_finite("OTFace_AMsoftmax", "alpha", alpha)
         self.register_buffer("t", torch.zeros(1))
 
     def forward(  # type: ignore[override]
