@@ -144,6 +144,7 @@ def cases(tier: str, seed: int = 0) -> dict[str, Arrays]:
             "without history": make(1, 35, 14, **forward_only),
             "of f and g alone": make(1, 35, 14, steps=unrolled, grads=("f", "g"), want_grad_cost=0),
             "products multiplied out in between": make(1, 20, 5, steps=unrolled, max_iter=20, tol=0.0),
+            "an error that seems small enough": make(1, 20, 5, **forward_only, max_iter=20),
             "special": make(2, 37, 300, special=True, max_iter=4),
             "a gang for two problems": make(2, 33, 14, steep=True, max_iter=4, workspace_bytes=1),
             "gangs of two blocks": make(2, 33, 14, steep=True, max_iter=4),
