@@ -22,6 +22,10 @@ import measure
 import torch
 from plot import draw, machine
 
+# POT would start each other library that is installed; JAX then takes most of a GPU's memory, from everyone.
+for _library in ("JAX", "CUPY", "TENSORFLOW"):
+    os.environ.setdefault(f"POT_BACKEND_DISABLE_{_library}", "1")
+
 DISTURBED = 0.1  # CPUs that other programs use during the timings, from which the table says so
 
 FREE = 0.9  # the share of the free memory that may be used

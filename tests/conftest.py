@@ -8,6 +8,9 @@ from collections.abc import Iterator
 # Before torch is loaded: threads that wait for one another at the end of a small operation shall sleep, not spin. With
 # other work on the machine the suite is ten times slower otherwise.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before POT is loaded, which would start every other library that is installed: JAX then takes most of a GPU's memory.
+for library in ("JAX", "CUPY", "TENSORFLOW"):
+    os.environ.setdefault(f"POT_BACKEND_DISABLE_{library}", "1")
 
 import pytest
 import torch

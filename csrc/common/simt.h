@@ -176,6 +176,31 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T>& x) {
   *reinterpret_cast<uint4*>(p) = bits;
 }
 
+// 16 bytes from global to shared memory, on their way while the thread goes on. end_of_copies() closes a group of them; after wait_for_copies<N>() all but the last N groups of this thread are
+// there, for this thread. Both addresses are 16-byte aligned.
+template <class T>
+__device__ __forceinline__ void start_copy(T* shared, const T* global) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+               :
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(__cvta_generic_to_global(global))
+               : "memory");
+#else
+  *reinterpret_cast<uint4*>(shared) = *reinterpret_cast<const uint4*>(global);
+#endif
+}
+__device__ __forceinline__ void end_of_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" : : : "memory");
+#endif
+}
+template <int N>
+__device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory");
+#endif
+}
+
 // 2 units in the last place; 0 below 2^-126, where exp2f would take three more instructions for a subnormal.
 __device__ __forceinline__ float exp2_of(float x) {
   float y;

@@ -13,12 +13,15 @@
 // of column j adds up those of all stripes, in their order. Matrices wider than 8 columns per thread are taken in panels:
 // the rows are then read a second time (from the cache), and the column sums kept in `partial`.
 //
-// Stripes depend on the shape alone, never on how many blocks work on a problem: the results are the same bits.
+// Stripes depend on the shape alone, never on how many blocks or warps work on a problem: the results are the same bits.
 //
-// Shared memory. Shared tier: K, `partial`, all vectors and `Scratch`. Stream tier: `Scratch`.
+// Shared memory. Shared tier: K, `partial`, all vectors and `Scratch`. Stream tier: `Scratch`, and in float32 `Ring`: three
+// times four rows, copied past the registers, of which each thread reads what it has asked for itself.
 // Bytes moved per iteration in the stream tier, up to 4,096 columns: sizeof(T) * n * m for K, and 1/8 of that at most for
 // `partial`. Beyond: K twice, the second time from the cache, and half of K for `partial`.
 #pragma once
+
+#include <type_traits>
 
 #include "sinkhorn/team.cuh"
 
@@ -27,20 +30,23 @@ namespace otface::sinkhorn {
 constexpr int kMostWarps = 16;
 constexpr int kColumnsPerThread = 8;
 constexpr int kRowsAtATime = 4;
-constexpr int kMostSums = 4;  // that sum_rows and sum_cols form at once
+constexpr int kLanesPerRow = 32 / kRowsAtATime;  // of a warp, when each of its threads has one of the rows
+constexpr int kStages = 3;            // that a gang's block keeps on their way, where they fit its shared memory
+constexpr int kSummingThreads = 256;  // that form the sums of a block by itself; it has no fewer
+constexpr int kMostSums = 4;          // that sum_rows and sum_cols form at once
 
 // How the rows of a problem are cut. A stripe of a gang has at least 16 rows, so that `partial` is small against K.
 __host__ __device__ constexpr int least_stripe_rows(bool gang) { return gang ? 16 : kRowsAtATime; }
-__host__ __device__ constexpr int stripe_limit(bool gang, int threads) { return gang ? 512 : threads / 32; }
-__host__ __device__ inline int rows_per_stripe(bool gang, int rows, int threads) {
-  const int limit = stripe_limit(gang, threads), least = least_stripe_rows(gang);
+__host__ __device__ constexpr int stripe_limit(bool gang) { return gang ? 512 : kMostWarps; }
+__host__ __device__ inline int rows_per_stripe(bool gang, int rows) {
+  const int limit = stripe_limit(gang), least = least_stripe_rows(gang);
   const int whole = ((rows + limit - 1) / limit + kRowsAtATime - 1) / kRowsAtATime * kRowsAtATime;
   return whole > least ? whole : least;
 }
 // The most stripes that a problem of up to n rows has: one of fewer rows may have more than the one of n.
-__host__ __device__ inline int64_t most_stripes(bool gang, int64_t n, int threads) {
+__host__ __device__ inline int64_t most_stripes(bool gang, int64_t n) {
   const int64_t of_least_height = (n + least_stripe_rows(gang) - 1) / least_stripe_rows(gang);
-  return of_least_height < stripe_limit(gang, threads) ? of_least_height : stripe_limit(gang, threads);
+  return of_least_height < stripe_limit(gang) ? of_least_height : stripe_limit(gang);
 }
 
 template <class T_, bool Gang>
@@ -84,7 +90,7 @@ class MemoryMatrix {
 
     __host__ __device__ Layout(Arena& arena, int64_t n, int64_t m, int threads) {
       const int64_t ld = padded(m);
-      const int64_t stripes = most_stripes(Gang, n, threads);
+      const int64_t stripes = most_stripes(Gang, n);
       K = arena.take<T>(n * ld);
       partial = arena.take<T>(stripes * ld);
       in_double = Gang ? arena.take<double>(2 * stripes * ld) : nullptr;
@@ -100,6 +106,18 @@ class MemoryMatrix {
     T columns[kMostWarps][33];
   };
 
+  // What a block of a gang has asked for of K and not yet worked on: kStages times four rows. Each thread has its own columns.
+  struct Ring {
+    T* k = nullptr;  // [kStages, kRowsAtATime, packs, threads, pack]; null where there is none
+
+    static constexpr int64_t entries(int threads) {
+      return int64_t{kStages} * kRowsAtATime * kColumnsPerThread * threads;
+    }
+    OTFACE_DEVICE T* pack_of(int stage, int q, int p, int threads, int thread) const {
+      return k + (((stage * kRowsAtATime + q) * packs + p) * threads + thread) * pack;
+    }
+  };
+
   // Where the blocks of a gang meet; null for a team of one block. Zero before the launch.
   struct Meeting {
     unsigned arrived;
@@ -107,11 +125,12 @@ class MemoryMatrix {
     int unused[28];  // a cache line of its own
   };
 
-  OTFACE_DEVICE MemoryMatrix(const Problem& problem, const Layout& layout, Scratch* scratch, Meeting* meeting,
-                             int block_in_gang, int gang_blocks)
+  OTFACE_DEVICE MemoryMatrix(const Problem& problem, const Layout& layout, Scratch* scratch, Ring ring,
+                             Meeting* meeting, int block_in_gang, int gang_blocks)
       : p_(problem),
         layout_(layout),
         scratch_(scratch),
+        ring_(ring),
         meeting_(meeting),
         block_(block_in_gang),
         blocks_(gang_blocks),
@@ -126,7 +145,7 @@ class MemoryMatrix {
     view_ = &all.cost;
     start_ = p_.index * all.cost.batch_stride;
     ld_ = padded(p_.cols);
-    stripe_rows_ = rows_per_stripe(Gang, p_.rows, threads_);
+    stripe_rows_ = rows_per_stripe(Gang, p_.rows);
     stripes_ = (p_.rows + stripe_rows_ - 1) / stripe_rows_;
   }
 
@@ -189,31 +208,13 @@ class MemoryMatrix {
   template <class Weigh, class Settle>
   OTFACE_DEVICE bool sweep(const Vector& x, const Marks& marked_rows, Weigh weigh, const Marks& marked_cols,
                            Settle settle) {
-    return sweep(
-        x, [&](Slot row, T y, bool& ok) { return weigh(row, y + static_cast<T>(marked_rows.v[row.i]), ok); },
+    return sweep_from(
+        x, [&](int i) { return static_cast<T>(marked_rows.v[i]); }, weigh,
         [&](Slot col, T sum, bool& ok) { settle(col, sum + static_cast<T>(marked_cols.v[col.i]), ok); });
   }
   template <class Weigh, class Settle>
   OTFACE_DEVICE bool sweep(const Vector& x, Weigh weigh, Settle settle) {
-    bool ok = true;
-    for (int stripe = unit(); stripe < stripes_; stripe += units()) {
-      if (ld_ <= kColumnsPerThread * unit_threads()) {
-        sweep_stripe(stripe, x, weigh, ok);
-      } else {
-        sweep_wide_stripe(stripe, x, weigh, ok);
-      }
-    }
-    sync();
-    if constexpr (Gang) {
-      settle_columns_of_gang(settle, ok);
-    } else {
-      for (int j = thread_; j < p_.cols; j += threads_) {
-        T sum = layout_.partial[j];
-        for (int stripe = 1; stripe < stripes_; ++stripe) sum += layout_.partial[stripe * ld_ + j];
-        settle(Slot{j, j, true, true}, sum, ok);
-      }
-    }
-    return all(ok);
+    return sweep_from(x, [](int) { return T(0); }, weigh, settle);
   }
 
   OTFACE_DEVICE bool update_f(const double* g, const T* a, const T* b, double* f, Marks& empty, bool) {
@@ -383,19 +384,28 @@ class MemoryMatrix {
       for (int i = stripe * stripe_rows_; i < stripe_end(stripe); ++i) f(i);
   }
 
+  using Offset = std::conditional_t<Gang, int64_t, int>;  // in K
   struct Rows {
     T k[kRowsAtATime][packs][pack];
   };
 
-  // Rows i .. i + 3 below `end`, zeros for the others; this thread's columns of the panel that begins at `first`.
+  // Where the rows that a thread loads begin, and its columns in them: never outside K, so that nothing is asked. Beyond the
+  // last row or column it is that one again; there x, and what the row weighs, are zero.
+  OTFACE_DEVICE Offset start_of_row(int i, int end) const {
+    return static_cast<Offset>(least_of(i, end > 0 ? end - 1 : 0)) * static_cast<Offset>(ld_);
+  }
+  OTFACE_DEVICE int column(int p, int first) const {
+    return least_of(first + (p * unit_threads() + thread_in_unit()) * pack, static_cast<int>(ld_) - pack);
+  }
+
+  // Rows i .. i + 3, this thread's columns of the panel that begins at `first`.
   OTFACE_DEVICE void load(Rows& out, int i, int end, int first) const {
     OTFACE_UNROLL
     for (int q = 0; q < kRowsAtATime; ++q) {
+      const T* row = layout_.K + start_of_row(i + q, end);
       OTFACE_UNROLL
       for (int p = 0; p < packs; ++p) {
-        const int j = first + (p * unit_threads() + thread_in_unit()) * pack;
-        simt::Pack<T> k{};
-        if (i + q < end && j < ld_) k = simt::load_pack(layout_.K + static_cast<int64_t>(i + q) * ld_ + j);
+        const simt::Pack<T> k = simt::load_pack(row + column(p, first));
         OTFACE_UNROLL
         for (int v = 0; v < pack; ++v) out.k[q][p][v] = k.v[v];
       }
@@ -431,13 +441,17 @@ class MemoryMatrix {
       }
     }
   }
-  template <class Weigh>
-  OTFACE_DEVICE void weigh_rows(int i, int end, Weigh weigh, T (&y)[kRowsAtATime], bool& ok) {
-    unit_sum(y);
-    const bool first = thread_in_unit() == 0;
+  // From the sums of four rows over this thread's columns to what the rows weigh. A thread weighs one of the four, and learns
+  // of the others. What is added to the sum, row_start(i), is asked for before the unit waits for its threads.
+  template <class RowStart, class Weigh>
+  OTFACE_DEVICE void weigh_rows(int i, int end, RowStart row_start, Weigh weigh, T (&y)[kRowsAtATime], bool& ok) {
+    const int own = i + thread_ % 32 / kLanesPerRow;
+    const bool inside = own < end, first = inside && thread_in_unit() % kLanesPerRow == 0 && thread_in_unit() < 32;
+    const T start = inside ? row_start(own) : T(0);
+    const T sum = unit_sum(y);
+    const T weighed = inside ? weigh(Slot{own, own, first, first}, sum + start, ok) : T(0);
     OTFACE_UNROLL
-    for (int q = 0; q < kRowsAtATime; ++q)
-      y[q] = i + q < end ? weigh(Slot{i + q, i + q, first, first}, y[q], ok) : T(0);
+    for (int q = 0; q < kRowsAtATime; ++q) y[q] = simt::shuffle(weighed, kLanesPerRow * q);
   }
   OTFACE_DEVICE void store_sums(T* out, int first, const T (&s)[packs][pack]) const {
     OTFACE_UNROLL
@@ -450,34 +464,122 @@ class MemoryMatrix {
     }
   }
 
-  template <class Weigh>
-  OTFACE_DEVICE void sweep_stripe(int stripe, const Vector& x, Weigh weigh, bool& ok) {
-    const int end = stripe_end(stripe);
-    T x_own[packs][pack], s[packs][pack] = {};
-    load_x(x, 0, x_own);
-    Rows rows;
-    load(rows, stripe * stripe_rows_, end, 0);
-    for (int i = stripe * stripe_rows_; i < end; i += kRowsAtATime) {
-      T y[kRowsAtATime] = {};
-      multiply(rows, x_own, y);
-      if constexpr (Gang && sizeof(T) == 4) {
-        // The next rows are on their way while this unit waits for its barrier.
-        Rows next;
-        load(next, i + kRowsAtATime, end, 0);
-        weigh_rows(i, end, weigh, y, ok);
-        add_weighted(rows, y, s);
-        rows = next;
-      } else {
-        weigh_rows(i, end, weigh, y, ok);
-        add_weighted(rows, y, s);
-        load(rows, i + kRowsAtATime, end, 0);
+  // row_start(i): what the sum of row i begins with.
+  template <class RowStart, class Weigh, class Settle>
+  OTFACE_DEVICE bool sweep_from(const Vector& x, RowStart row_start, Weigh weigh, Settle settle) {
+    bool ok = true;
+    if (Gang && sizeof(T) == 4 && ring_.k != nullptr) {
+      if constexpr (Gang && sizeof(T) == 4) sweep_stripes_in_ring(x, row_start, weigh, ok);
+    } else if (ld_ <= kColumnsPerThread * unit_threads()) {
+      sweep_stripes(x, row_start, weigh, ok);
+    } else {
+      for (int stripe = unit(); stripe < stripes_; stripe += units())
+        sweep_wide_stripe(stripe, x, row_start, weigh, ok);
+    }
+    sync();
+    if constexpr (Gang) {
+      settle_columns_of_gang(settle, ok);
+    } else {
+      for (int j = thread_; j < p_.cols; j += threads_) {
+        T sum = layout_.partial[j];
+        for (int stripe = 1; stripe < stripes_; ++stripe) sum += layout_.partial[stripe * ld_ + j];
+        settle(Slot{j, j, true, true}, sum, ok);
       }
     }
-    store_sums(layout_.partial + stripe * ld_, 0, s);
+    return all(ok);
   }
 
-  template <class Weigh>
-  OTFACE_DEVICE void sweep_wide_stripe(int stripe, const Vector& x, Weigh weigh, bool& ok) {
+  // Four rows of a stripe. The first ones of a stripe follow the last ones of the stripe before, so that they too are on their
+  // way while the unit is at work.
+  struct Step {
+    int stripe, i, end;  // nothing is left where end == 0
+  };
+  OTFACE_DEVICE Step first_step(int stripe) const {
+    return {stripe, stripe * stripe_rows_, stripe < stripes_ ? stripe_end(stripe) : 0};
+  }
+  OTFACE_DEVICE Step after(const Step& step) const {
+    const int i = step.i + kRowsAtATime;
+    return i < step.end ? Step{step.stripe, i, step.end} : first_step(step.stripe + units());
+  }
+
+  // All stripes of this unit, of rows that its threads can hold in registers.
+  template <class RowStart, class Weigh>
+  OTFACE_DEVICE void sweep_stripes(const Vector& x, RowStart row_start, Weigh weigh, bool& ok) {
+    T x_own[packs][pack], s[packs][pack] = {};
+    load_x(x, 0, x_own);
+    Step step = first_step(unit());
+    Rows rows;
+    load(rows, step.i, step.end, 0);
+    while (step.end > 0) {
+      T y[kRowsAtATime] = {};
+      multiply(rows, x_own, y);
+      weigh_rows(step.i, step.end, row_start, weigh, y, ok);
+      add_weighted(rows, y, s);
+      const Step next = after(step);
+      load(rows, next.i, next.end, 0);
+      store_at_end_of_stripe(step, next, s);
+      step = next;
+    }
+  }
+
+  // The same through `Ring`: the next kStages - 1 steps are on their way, also while the unit waits for its barrier.
+  template <class RowStart, class Weigh>
+  OTFACE_DEVICE void sweep_stripes_in_ring(const Vector& x, RowStart row_start, Weigh weigh, bool& ok) {
+    T x_own[packs][pack], s[packs][pack] = {};
+    Step step = first_step(unit()), ahead = step;
+    OTFACE_UNROLL
+    for (int stage = 0; stage < kStages; ++stage) {
+      ask_for(stage, ahead);
+      ahead = after(ahead);
+    }
+    load_x(x, 0, x_own);
+    for (int stage = 0; step.end > 0; stage = stage + 1 < kStages ? stage + 1 : 0) {
+      simt::wait_for_copies<kStages - 1>();
+      Rows rows;
+      OTFACE_UNROLL
+      for (int q = 0; q < kRowsAtATime; ++q) {
+        OTFACE_UNROLL
+        for (int p = 0; p < packs; ++p) {
+          const simt::Pack<T> k = simt::load_pack(ring_.pack_of(stage, q, p, threads_, thread_));
+          OTFACE_UNROLL
+          for (int v = 0; v < pack; ++v) rows.k[q][p][v] = k.v[v];
+        }
+      }
+      T y[kRowsAtATime] = {};
+      multiply(rows, x_own, y);
+      ask_for(stage, ahead);  // what stood there is in registers
+      ahead = after(ahead);
+      weigh_rows(step.i, step.end, row_start, weigh, y, ok);
+      add_weighted(rows, y, s);
+      const Step next = after(step);
+      store_at_end_of_stripe(step, next, s);
+      step = next;
+    }
+    simt::wait_for_copies<0>();  // of what is not needed, before the next sweep asks for something else there
+  }
+  OTFACE_DEVICE void ask_for(int stage, const Step& step) const {
+    OTFACE_UNROLL
+    for (int q = 0; q < kRowsAtATime; ++q) {
+      OTFACE_UNROLL
+      for (int p = 0; p < packs; ++p) {
+        simt::start_copy(ring_.pack_of(stage, q, p, threads_, thread_),
+                         layout_.K + start_of_row(step.i + q, step.end) + column(p, 0));
+      }
+    }
+    simt::end_of_copies();
+  }
+  OTFACE_DEVICE void store_at_end_of_stripe(const Step& step, const Step& next, T (&s)[packs][pack]) const {
+    if (next.end > 0 && next.stripe == step.stripe) return;
+    store_sums(layout_.partial + step.stripe * ld_, 0, s);
+    OTFACE_UNROLL
+    for (int p = 0; p < packs; ++p) {
+      OTFACE_UNROLL
+      for (int v = 0; v < pack; ++v) s[p][v] = 0;
+    }
+  }
+
+  template <class RowStart, class Weigh>
+  OTFACE_DEVICE void sweep_wide_stripe(int stripe, const Vector& x, RowStart row_start, Weigh weigh, bool& ok) {
     const int end = stripe_end(stripe), panel = kColumnsPerThread * unit_threads();
     T* sums = layout_.partial + stripe * ld_;
     for (int i = stripe * stripe_rows_; i < end; i += kRowsAtATime) {
@@ -489,7 +591,7 @@ class MemoryMatrix {
         load_x(x, first, x_own);
         multiply(rows, x_own, y);
       }
-      weigh_rows(i, end, weigh, y, ok);
+      weigh_rows(i, end, row_start, weigh, y, ok);
       for (int first = 0; first < ld_; first += panel) {
         T s[packs][pack] = {};
         if (i > stripe * stripe_rows_) {
@@ -516,8 +618,10 @@ class MemoryMatrix {
     for (int first = block_ * 32; first < p_.cols; first += blocks_ * 32) {
       const int j = first + lane;
       T sum = 0;
-      if (j < p_.cols)
+      if (j < p_.cols) {
+        OTFACE_UNROLL_BY_8
         for (int stripe = warp; stripe < stripes_; stripe += warps) sum += layout_.partial[stripe * ld_ + j];
+      }
       scratch_->columns[warp][lane] = sum;
       simt::sync_block();
       if (warp == 0 && j < p_.cols) {
@@ -528,9 +632,9 @@ class MemoryMatrix {
     }
   }
 
-  // The sums over the unit of four values per thread: the same bits in all of its threads. Halving what is exchanged in
-  // each step, four sums take 6 shuffles, and 4 more to tell everyone.
-  OTFACE_DEVICE void unit_sum(T (&y)[kRowsAtATime]) {
+  // The sums over the unit of four values per thread. A thread learns one of them, that of y[lane / 8]. Halving what is
+  // exchanged in each step, four sums take 6 shuffles.
+  OTFACE_DEVICE T unit_sum(const T (&y)[kRowsAtATime]) {
     const int lane = thread_ % 32;
     const bool upper = (lane & 16) != 0, odd = (lane & 8) != 0;
     const T kept[2] = {upper ? y[2] : y[0], upper ? y[3] : y[1]};
@@ -538,23 +642,19 @@ class MemoryMatrix {
     const T sum0 = kept[0] + simt::shuffle_xor(given[0], 16), sum1 = kept[1] + simt::shuffle_xor(given[1], 16);
     T sum = (odd ? sum1 : sum0) + simt::shuffle_xor(odd ? sum0 : sum1, 8);
     OTFACE_UNROLL
-    for (int bit = 4; bit > 0; bit /= 2) sum += simt::shuffle_xor(sum, bit);
-    // Lanes 8 q to 8 q + 7 hold the sum of y[q].
-    if constexpr (!Gang) {
-      OTFACE_UNROLL
-      for (int q = 0; q < kRowsAtATime; ++q) y[q] = simt::shuffle(sum, 8 * q);
-    } else {
+    for (int bit = kLanesPerRow / 2; bit > 0; bit /= 2) sum += simt::shuffle_xor(sum, bit);
+    if constexpr (Gang) {
       // Two buffers in turn: a thread that writes one has passed the barrier after which nobody reads it any more.
       auto& buffer = scratch_->of_warp[turn_];
       turn_ ^= 1;
-      if (lane % 8 == 0) buffer[thread_ / 32][lane / 8] = sum;
+      const int row = lane / kLanesPerRow;
+      if (lane % kLanesPerRow == 0) buffer[thread_ / 32][row] = sum;
       simt::sync_block();
-      OTFACE_UNROLL
-      for (int q = 0; q < kRowsAtATime; ++q) {
-        y[q] = buffer[0][q];
-        for (int warp = 1; warp < threads_ / 32; ++warp) y[q] += buffer[warp][q];
-      }
+      sum = buffer[0][row];
+      OTFACE_UNROLL_BY_4
+      for (int warp = 1; warp < threads_ / 32; ++warp) sum += buffer[warp][row];
     }
+    return sum;
   }
 
   // One value per thread, combined over the unit; the same in all of its threads.
@@ -578,7 +678,9 @@ class MemoryMatrix {
     static_assert(N <= kMostSums);
     for (int c = 0; c < N; ++c) sums[c] = 0;
     if constexpr (!Gang) {
-      for (int i = thread_; i < count; i += threads_) add(Slot{i, i, true, true}, sums);
+      // By as many threads in a block of any size: how many there are shall change no bit.
+      if (thread_ < kSummingThreads)
+        for (int i = thread_; i < count; i += kSummingThreads) add(Slot{i, i, true, true}, sums);
       block_sum(sums);
       return;
     }
@@ -640,6 +742,7 @@ class MemoryMatrix {
   const Problem& p_;
   const Layout& layout_;
   Scratch* scratch_;
+  Ring ring_;
   Meeting* meeting_;
   int block_, blocks_, thread_, threads_;
   int round_ = 0, turn_ = 0, chunk_turn_ = 0;

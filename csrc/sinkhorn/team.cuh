@@ -23,9 +23,11 @@
 #ifdef __CUDACC__
 #define OTFACE_UNROLL _Pragma("unroll")
 #define OTFACE_UNROLL_BY_4 _Pragma("unroll 4")
+#define OTFACE_UNROLL_BY_8 _Pragma("unroll 8")
 #else
 #define OTFACE_UNROLL
 #define OTFACE_UNROLL_BY_4
+#define OTFACE_UNROLL_BY_8
 #endif
 
 // What holds registers of a tile must end up in one function with it: a tile that is passed to a call lies in memory.

@@ -42,7 +42,8 @@ struct UnrolledTiles<double> {
                      RegisterMatrix<double, 4, 8, 8, 4>>;  //       32 x 32
 };
 
-constexpr int kSharedThreads = 256;
+constexpr int kSharedThreads = kSummingThreads, kMostSharedThreads = 512;
+constexpr size_t kReservedBytes = 1024;  // of shared memory, that a block takes beside what it asks for
 constexpr int kMostStreamThreads = 512;
 // A block of 256 threads holds 8 columns per thread in registers up to this width; wider rows take 512 threads.
 inline int stream_threads(int64_t m) { return m <= 256 * kColumnsPerThread ? 256 : kMostStreamThreads; }
@@ -62,15 +63,15 @@ __global__ void __launch_bounds__(32, 8)
 }
 
 template <class Algorithm>
-__global__ void __launch_bounds__(kSharedThreads, 2)
+__global__ void __launch_bounds__(kMostSharedThreads, 1)
     solve_in_shared(const __grid_constant__ typename Algorithm::Params params) {
   using M = typename Algorithm::Matrix;
   const Problems& all = params.problems;
   Arena arena{simt::shared_memory()};
   auto* scratch = arena.take<typename M::Scratch>(1);
   auto* problem = arena.take<Problem>(1);
-  typename Algorithm::State state(arena, all.n, all.m, kSharedThreads);
-  M matrix(*problem, state.matrix, scratch, nullptr, 0, 1);
+  typename Algorithm::State state(arena, all.n, all.m, simt::block_threads());
+  M matrix(*problem, state.matrix, scratch, {}, nullptr, 0, 1);
   Algorithm(matrix, state, *problem, params).run(simt::block_index());
 }
 
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kSharedThreads, 2)
 template <class Algorithm>
 __global__ void __launch_bounds__(kMostStreamThreads, 1)
     solve_in_stream(const __grid_constant__ typename Algorithm::Params params, char* workspace, int gang_blocks,
-                    int64_t gang_bytes) {
+                    int64_t gang_bytes, bool has_ring) {
   using M = typename Algorithm::Matrix;
   const Problems& all = params.problems;
   const int64_t gang = simt::block_index() / gang_blocks, gangs = simt::grid_blocks() / gang_blocks;
@@ -87,8 +88,10 @@ __global__ void __launch_bounds__(kMostStreamThreads, 1)
   Arena shared{simt::shared_memory()};
   auto* scratch = shared.take<typename M::Scratch>(1);
   auto* problem = shared.take<Problem>(1);
+  typename M::Ring ring;
+  if (has_ring) ring.k = shared.take<typename M::T>(M::Ring::entries(simt::block_threads()));
   typename Algorithm::State state(arena, all.n, all.m, simt::block_threads());
-  M matrix(*problem, state.matrix, scratch, meetings + gang, static_cast<int>(simt::block_index() % gang_blocks),
+  M matrix(*problem, state.matrix, scratch, ring, meetings + gang, static_cast<int>(simt::block_index() % gang_blocks),
            gang_blocks);
   for (int64_t index = gang; index < all.batch; index += gangs) {
     Algorithm(matrix, state, *problem, params).run(index);
@@ -146,19 +149,30 @@ class Launcher<Algorithm, T, Tiles<RegisterMatrices...>> {
   struct InSharedWay {
     KernelChoice choice;
     InSharedWay(const Problems& p, const simt::Limits& limits) {
+      choice.threads_per_problem = kSharedThreads;
+      choice.shared_bytes = bytes_needed(p, kSharedThreads);
+      // Where a multiprocessor has no room for a second block, the first one has twice as many threads.
+      const size_t of_twice = bytes_needed(p, kMostSharedThreads);
+      if (2 * (choice.shared_bytes + kReservedBytes) > static_cast<size_t>(limits.shared_bytes_per_multiprocessor) &&
+          of_twice <= static_cast<size_t>(limits.shared_bytes_per_block)) {
+        choice.threads_per_problem = kMostSharedThreads;
+        choice.shared_bytes = of_twice;
+      }
+      choice.registers = simt::registers_of(solve_in_shared<InShared>);
+      choice.tier =
+          choice.shared_bytes <= static_cast<size_t>(limits.shared_bytes_per_block) ? Tier::shared : Tier::any;
+    }
+    static size_t bytes_needed(const Problems& p, int threads) {
       Arena arena{nullptr};
       arena.take<typename InShared::Matrix::Scratch>(1);
       arena.take<Problem>(1);
-      [[maybe_unused]] const typename InShared::State state(arena, p.n, p.m, kSharedThreads);
-      choice.threads_per_problem = kSharedThreads;
-      choice.shared_bytes = arena.used;
-      choice.registers = simt::registers_of(solve_in_shared<InShared>);
-      choice.tier = arena.used <= static_cast<size_t>(limits.shared_bytes_per_block) ? Tier::shared : Tier::any;
+      [[maybe_unused]] const typename InShared::State state(arena, p.n, p.m, threads);
+      return arena.used;
     }
     const char* launch(const Params& params, char*, simt::Stream stream) const {
       if (choice.tier == Tier::any) return "the problem is too large for the shared memory of a block";
-      return simt::launch(solve_in_shared<InShared>, {params.problems.batch, kSharedThreads, choice.shared_bytes},
-                          stream, params);
+      return simt::launch(solve_in_shared<InShared>,
+                          {params.problems.batch, choice.threads_per_problem, choice.shared_bytes}, stream, params);
     }
   };
   struct InStreamWay {
@@ -166,12 +180,18 @@ class Launcher<Algorithm, T, Tiles<RegisterMatrices...>> {
     KernelChoice choice;
     int64_t gangs = 0, gang_bytes = 0;
     int threads = 0;
+    bool has_ring = false;
     InStreamWay(const Problems& p, const simt::Limits& limits) {
       threads = stream_threads(p.m);
       Arena shared{nullptr};
       shared.take<typename InStream::Matrix::Scratch>(1);
       shared.take<Problem>(1);
       choice.shared_bytes = shared.used;
+      using M = typename InStream::Matrix;
+      shared.take<typename M::T>(M::Ring::entries(threads));
+      has_ring = sizeof(typename M::T) == 4 && p.m <= threads * kColumnsPerThread &&
+                 shared.used <= static_cast<size_t>(limits.shared_bytes_per_block);
+      if (has_ring) choice.shared_bytes = shared.used;
       Arena arena{nullptr};
       [[maybe_unused]] const typename InStream::State state(arena, p.n, p.m, threads);
       gang_bytes = static_cast<int64_t>((arena.used + 255) / 256 * 256);
@@ -181,7 +201,7 @@ class Launcher<Algorithm, T, Tiles<RegisterMatrices...>> {
       // As many problems at a time as memory is spent on, and the blocks shared among them.
       const int64_t affordable = limits.workspace_bytes > gang_bytes ? limits.workspace_bytes / gang_bytes : 1;
       const int64_t wanted = least_of(least_of(p.batch, affordable), resident);
-      choice.blocks_per_problem = static_cast<int>(least_of(most_stripes(true, p.n, threads), resident / wanted));
+      choice.blocks_per_problem = static_cast<int>(least_of(most_stripes(true, p.n), resident / wanted));
       gangs = least_of(wanted, resident / choice.blocks_per_problem);
       choice.threads_per_problem = threads * choice.blocks_per_problem;
       choice.workspace_bytes = static_cast<size_t>(gangs * (gang_bytes + static_cast<int64_t>(sizeof(Meeting))));
@@ -194,7 +214,7 @@ class Launcher<Algorithm, T, Tiles<RegisterMatrices...>> {
       if (*error != 0) return error;
       return simt::launch(solve_in_stream<InStream>,
                           {gangs * choice.blocks_per_problem, threads, choice.shared_bytes, true}, stream, params,
-                          workspace, choice.blocks_per_problem, gang_bytes);
+                          workspace, choice.blocks_per_problem, gang_bytes, has_ring);
     }
   };
 

@@ -124,6 +124,17 @@ void store_pack(T* p, const Pack<T>& x, Where where = Where::current()) {
   for (size_t k = 0; k < 16 / sizeof(T); ++k) p[k] = x.v[k];
 }
 
+// The copy is made at once: that nobody reads too early, or writes over what is still to be read, is not seen here.
+template <class T>
+void start_copy(T* shared, const T* global, Where where = Where::current()) {
+  executor::check_alignment(shared, where);
+  executor::check_alignment(global, where);
+  for (size_t k = 0; k < 16 / sizeof(T); ++k) shared[k] = global[k];
+}
+inline void end_of_copies() {}
+template <int N>
+void wait_for_copies() {}
+
 inline float exp2_of(float x) { return std::exp2(x); }
 inline double exp2_of(double x) { return std::exp2(x); }
 inline double log_of(double x) { return std::log(x); }
