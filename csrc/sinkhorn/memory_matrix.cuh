@@ -103,7 +103,7 @@ class MemoryMatrix {
   struct Scratch {
     double sums[kMostWarps][kMostSums];
     T of_warp[2][kMostWarps][kRowsAtATime];
-    T columns[kMostWarps][33];
+    T columns[kMostWarps][32];
   };
 
   // What a block of a gang has asked for of K and not yet worked on: kStages times four rows. Each thread has its own columns.
@@ -389,23 +389,28 @@ class MemoryMatrix {
     T k[kRowsAtATime][packs][pack];
   };
 
-  // Where the rows that a thread loads begin, and its columns in them: never outside K, so that nothing is asked. Beyond the
-  // last row or column it is that one again; there x, and what the row weighs, are zero.
+  // Where the rows that a thread loads begin, and its columns in them: never outside K, so that nothing need be asked. Beyond
+  // the last row or column it is that one again; there x, and what the row weighs, are zero.
   OTFACE_DEVICE Offset start_of_row(int i, int end) const {
     return static_cast<Offset>(least_of(i, end > 0 ? end - 1 : 0)) * static_cast<Offset>(ld_);
   }
   OTFACE_DEVICE int column(int p, int first) const {
     return least_of(first + (p * unit_threads() + thread_in_unit()) * pack, static_cast<int>(ld_) - pack);
   }
+  OTFACE_DEVICE bool is_column(int p, int first) const {
+    return first + (p * unit_threads() + thread_in_unit()) * pack < ld_;
+  }
 
-  // Rows i .. i + 3, this thread's columns of the panel that begins at `first`.
+  // Rows i .. i + 3, this thread's columns of the panel that begins at `first`. From global memory nothing is read twice, so
+  // that there zeros stand for what is outside.
   OTFACE_DEVICE void load(Rows& out, int i, int end, int first) const {
     OTFACE_UNROLL
     for (int q = 0; q < kRowsAtATime; ++q) {
       const T* row = layout_.K + start_of_row(i + q, end);
       OTFACE_UNROLL
       for (int p = 0; p < packs; ++p) {
-        const simt::Pack<T> k = simt::load_pack(row + column(p, first));
+        simt::Pack<T> k{};
+        if (!Gang || (i + q < end && is_column(p, first))) k = simt::load_pack(row + column(p, first));
         OTFACE_UNROLL
         for (int v = 0; v < pack; ++v) out.k[q][p][v] = k.v[v];
       }
@@ -511,11 +516,11 @@ class MemoryMatrix {
     Rows rows;
     load(rows, step.i, step.end, 0);
     while (step.end > 0) {
+      const Step next = after(step);
       T y[kRowsAtATime] = {};
       multiply(rows, x_own, y);
       weigh_rows(step.i, step.end, row_start, weigh, y, ok);
       add_weighted(rows, y, s);
-      const Step next = after(step);
       load(rows, next.i, next.end, 0);
       store_at_end_of_stripe(step, next, s);
       step = next;
@@ -540,7 +545,8 @@ class MemoryMatrix {
       for (int q = 0; q < kRowsAtATime; ++q) {
         OTFACE_UNROLL
         for (int p = 0; p < packs; ++p) {
-          const simt::Pack<T> k = simt::load_pack(ring_.pack_of(stage, q, p, threads_, thread_));
+          simt::Pack<T> k{};
+          if (is_column(p, 0)) k = simt::load_pack(ring_.pack_of(stage, q, p, threads_, thread_));
           OTFACE_UNROLL
           for (int v = 0; v < pack; ++v) rows.k[q][p][v] = k.v[v];
         }
@@ -560,10 +566,11 @@ class MemoryMatrix {
   OTFACE_DEVICE void ask_for(int stage, const Step& step) const {
     OTFACE_UNROLL
     for (int q = 0; q < kRowsAtATime; ++q) {
+      const T* row = layout_.K + start_of_row(step.i + q, step.end);
       OTFACE_UNROLL
       for (int p = 0; p < packs; ++p) {
-        simt::start_copy(ring_.pack_of(stage, q, p, threads_, thread_),
-                         layout_.K + start_of_row(step.i + q, step.end) + column(p, 0));
+        if (step.end > 0 && is_column(p, 0))
+          simt::start_copy(ring_.pack_of(stage, q, p, threads_, thread_), row + column(p, 0));
       }
     }
     simt::end_of_copies();
