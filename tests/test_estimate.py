@@ -94,13 +94,14 @@ def test_stripes_are_those_of_the_kernels():
     text = (estimate.ROOT / "csrc" / "sinkhorn" / "memory_matrix.cuh").read_text()
     for rule in (
         "return gang ? 16 : kRowsAtATime",
-        "return gang ? 512 : threads / 32",
+        "return gang ? 512 : kMostWarps",
+        "kMostWarps = 16;",
         "kRowsAtATime = 4;",
         "kColumnsPerThread = 8;",
     ):
         assert rule in text
-    assert [estimate.rows_per_stripe(True, n, 256) for n in (5, 2048, 10000)] == [16, 16, 20]
-    assert [estimate.rows_per_stripe(False, n, 256) for n in (5, 100, 220)] == [4, 16, 28]
+    assert [estimate.rows_per_stripe(True, n) for n in (5, 2048, 10000)] == [16, 16, 20]
+    assert [estimate.rows_per_stripe(False, n) for n in (5, 100, 220)] == [4, 8, 16]
 
 
 def test_tiles_are_found():

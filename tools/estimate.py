@@ -89,13 +89,13 @@ def register_kernel(algorithm: str, tile: Sequence[str], size: int) -> Kernel:
 
 
 def memory_kernel(algorithm: str, scalar: str, gang: bool, loads: int) -> Kernel:
-    kernel, more = ("solve_in_stream", ", char*, int, int64_t") if gang else ("solve_in_shared", "")
+    kernel, more = ("solve_in_stream", ", char*, int, int64_t, bool") if gang else ("solve_in_shared", "")
     return Kernel(
         f"{algorithm.lower()}, {scalar}",
         f"using A = {algorithm}<MemoryMatrix<{scalar}, {str(gang).lower()}>>;\n"
         f"template __global__ void {kernel}<A>(const __grid_constant__ A::Params{more});",
         kernel,
-        {"products": 64, "SHFL": 6, "MUFU": 4, "LDG" if gang else "LDS": loads},
+        {"products": 64, "SHFL": 6, "MUFU": 1, "LDS": loads},
     )
 
 
@@ -293,17 +293,17 @@ def batch_table(compiler: Compiler) -> str:
     return table(["", "clocks per iteration", "time", "of the floor"], rows)
 
 
-def rows_per_stripe(gang: bool, rows: int, threads: int) -> int:
+def rows_per_stripe(gang: bool, rows: int) -> int:
     """As in memory_matrix.cuh."""
-    limit, least = (512, 16) if gang else (threads // 32, 4)
+    limit, least = (512, 16) if gang else (16, 4)
     return max(least, math.ceil(math.ceil(rows / limit) / 4) * 4)
 
 
 def shared_table(compiler: Compiler) -> str:
-    compiled = compiler.compile(memory_kernel("Forward", "float", False, 16))
+    compiled = compiler.compile(memory_kernel("Forward", "float", False, 8))
     rows = []
     for size in (80, 128, 160, 220):
-        stripes = math.ceil(size / rows_per_stripe(False, size, 256))
+        stripes = math.ceil(size / rows_per_stripe(False, size))
         padded = 4 * math.ceil(size / 4)
         passes = math.ceil(size / 4)
         moved = 4 * (size * padded + stripes * size + 2 * stripes * padded + 8 * size)
@@ -323,14 +323,14 @@ def stream_table(compiler: Compiler) -> str:
         threads = 256 if size <= 2048 else 512
         per_multiprocessor = REGISTERS // (compiled.registers * threads)
         resident = MULTIPROCESSORS * per_multiprocessor
-        height = rows_per_stripe(True, size, threads)
+        height = rows_per_stripe(True, size)
         stripes = math.ceil(size / height)
         blocks = min(stripes, resident // problems)
         rounds = math.ceil(stripes / blocks)
         once = size <= 8 * threads
         of_k = problems * 4 * size * size
         of_partial = problems * 4 * size * stripes * 2 if once else of_k // 2
-        in_flight = per_multiprocessor * threads * 128
+        in_flight = per_multiprocessor * threads * 128 * (2 if once else 1)
         seconds = of_k / BYTES_PER_SECOND
         rows.append(
             [
