@@ -5,8 +5,8 @@
 
 Each size is solved with 10 and with 110 iterations: the difference is what 100 iterations cost, the rest is start and
 end (reading the cost, the first iteration in the log domain, K, the results). The floor is that of the multiply-adds,
-2 n m per iteration and problem, at the rate of this card's clock; of the stream tier, one read of K per iteration at the
-copy bandwidth that was measured. Times are medians between device events, with cold L2, the host ahead of the GPU.
+2 n m per iteration and problem, at the rate of this card's clock; of the stream tier, one read of K per iteration at
+the copy bandwidth that was measured. Times are medians between device events, with cold L2, the host ahead of the GPU.
 """
 
 from __future__ import annotations

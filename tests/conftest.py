@@ -9,8 +9,9 @@ from collections.abc import Iterator
 # other work on the machine the suite is ten times slower otherwise.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Before POT is loaded, which would start every other library that is installed: JAX then takes most of a GPU's memory.
-for library in ("JAX", "CUPY", "TENSORFLOW"):
-    os.environ.setdefault(f"POT_BACKEND_DISABLE_{library}", "1")
+os.environ.setdefault("POT_BACKEND_DISABLE_JAX", "1")
+os.environ.setdefault("POT_BACKEND_DISABLE_CUPY", "1")
+os.environ.setdefault("POT_BACKEND_DISABLE_TENSORFLOW", "1")
 
 import pytest
 import torch
