@@ -150,9 +150,7 @@ def test_ignored_rows_are_no_person(max_triplets: int | None, ignore_index: int,
 
 
 @pytest.mark.parametrize("max_triplets", [None, 3])
-def test_two_ignored_rows_are_no_pair(
-    max_triplets: int | None, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_ignored_rows_are_no_pair(max_triplets: int | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTFACE_CHECK", "1")  # on a GPU, labels are looked at only then
     batch = random_batch([-100, -100, 0]).to(torch.float32, device)
     with pytest.warns(UserWarning, match="here each has one of its own"):
