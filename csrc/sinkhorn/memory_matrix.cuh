@@ -31,9 +31,9 @@ constexpr int kMostWarps = 16;
 constexpr int kColumnsPerThread = 8;
 constexpr int kRowsAtATime = 4;
 constexpr int kLanesPerRow = 32 / kRowsAtATime;  // of a warp, when each of its threads has one of the rows
-constexpr int kStages = 3;            // that a gang's block keeps on their way, where they fit its shared memory
-constexpr int kSummingThreads = 256;  // that form the sums of a block by itself; it has no fewer
-constexpr int kMostSums = 4;          // that sum_rows and sum_cols form at once
+constexpr int kStages = 3;    // that a gang's block keeps on their way, where they fit its shared memory
+constexpr int kOwners = 256;  // of rows and columns, in a block by itself: it may have more threads, with the same bits
+constexpr int kMostSums = 4;  // that sum_rows and sum_cols form at once
 
 // How the rows of a problem are cut. A stripe of a gang has at least 16 rows, so that `partial` is small against K.
 __host__ __device__ constexpr int least_stripe_rows(bool gang) { return gang ? 16 : kRowsAtATime; }
@@ -181,11 +181,13 @@ class MemoryMatrix {
 
   template <class F>
   OTFACE_DEVICE void rows(F f) const {
-    for (int i = thread_in_team(); i < p_.rows; i += team_threads()) f(Slot{i, i, true, true});
+    if (!owns()) return;
+    for (int i = thread_in_team(); i < p_.rows; i += owners()) f(Slot{i, i, true, true});
   }
   template <class F>
   OTFACE_DEVICE void cols(F f) const {
-    for (int j = thread_in_team(); j < p_.cols; j += team_threads()) f(Slot{j, j, true, true});
+    if (!owns()) return;
+    for (int j = thread_in_team(); j < p_.cols; j += owners()) f(Slot{j, j, true, true});
   }
   template <int N, class F>
   OTFACE_DEVICE void sum_rows(double (&sums)[N], F add) {
@@ -369,6 +371,8 @@ class MemoryMatrix {
   }
 
  private:
+  OTFACE_DEVICE bool owns() const { return Gang || thread_ < kOwners; }
+  OTFACE_DEVICE int owners() const { return Gang ? team_threads() : kOwners; }
   OTFACE_DEVICE int unit() const { return Gang ? block_ : thread_ / 32; }
   OTFACE_DEVICE int units() const { return Gang ? blocks_ : threads_ / 32; }
   OTFACE_DEVICE int thread_in_unit() const { return Gang ? thread_ : thread_ % 32; }
@@ -485,11 +489,11 @@ class MemoryMatrix {
     if constexpr (Gang) {
       settle_columns_of_gang(settle, ok);
     } else {
-      for (int j = thread_; j < p_.cols; j += threads_) {
-        T sum = layout_.partial[j];
-        for (int stripe = 1; stripe < stripes_; ++stripe) sum += layout_.partial[stripe * ld_ + j];
-        settle(Slot{j, j, true, true}, sum, ok);
-      }
+      cols([&](Slot col) {
+        T sum = layout_.partial[col.i];
+        for (int stripe = 1; stripe < stripes_; ++stripe) sum += layout_.partial[stripe * ld_ + col.i];
+        settle(col, sum, ok);
+      });
     }
     return all(ok);
   }
@@ -685,9 +689,8 @@ class MemoryMatrix {
     static_assert(N <= kMostSums);
     for (int c = 0; c < N; ++c) sums[c] = 0;
     if constexpr (!Gang) {
-      // By as many threads in a block of any size: how many there are shall change no bit.
-      if (thread_ < kSummingThreads)
-        for (int i = thread_; i < count; i += kSummingThreads) add(Slot{i, i, true, true}, sums);
+      if (owns())
+        for (int i = thread_; i < count; i += owners()) add(Slot{i, i, true, true}, sums);
       block_sum(sums);
       return;
     }

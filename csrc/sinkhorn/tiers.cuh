@@ -42,7 +42,7 @@ struct UnrolledTiles<double> {
                      RegisterMatrix<double, 4, 8, 8, 4>>;  //       32 x 32
 };
 
-constexpr int kSharedThreads = kSummingThreads, kMostSharedThreads = 512;
+constexpr int kSharedThreads = kOwners, kMostSharedThreads = 512;
 constexpr size_t kReservedBytes = 1024;  // of shared memory, that a block takes beside what it asks for
 constexpr int kMostStreamThreads = 512;
 // A block of 256 threads holds 8 columns per thread in registers up to this width; wider rows take 512 threads.
