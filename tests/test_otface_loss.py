@@ -395,7 +395,7 @@ def train_on_a_rank(rank: int, folder: str) -> None:
     net = nn.parallel.DistributedDataParallel(Net().double())
     net(IMAGES[6 * rank : 6 * rank + 6], OF_IMAGES[6 * rank : 6 * rank + 6]).backward()
     torch.save({name: p.grad for name, p in net.module.named_parameters()}, f"{folder}/{rank}.pt")
-    del net  # it holds threads of the group, and no process may leave while another is at work: one has been seen to abort
+    del net  # it holds threads of the group, and no process may leave while another is at work: one was seen to abort
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
