@@ -1,6 +1,6 @@
 """What an iteration, a problem and a call cost on a GPU, for every tier: the figures that docs/estimate.md foretells.
 
-    python benchmarks/gpu_sweep.py                                    # a minute or two
+    python benchmarks/gpu_sweep.py                                    # 16 s on an H200
     python benchmarks/gpu_sweep.py --seconds 60 --json sweep.json     # what fits into a minute, most telling first
 
 Each size is solved with 10 and with 110 iterations: the difference is what 100 iterations cost, the rest is start and
@@ -124,7 +124,7 @@ def table(result: dict[str, Any]) -> str:
         else:
             rate = gpu["multiprocessors"] * LANES / (2 if double else 1) * 1e6 * (row["clock_mhz"] or 1980)
             floor = 2 * entries / rate
-        if row["grad"] in ("unrolled",):
+        if row["grad"] == "unrolled":
             floor *= 3  # forward, and twice as much backward
         lines.append(
             [

@@ -174,7 +174,7 @@ def sinkhorn_points(
             too large or too small for the dtype. The products are torch's, which rounds more if
             ``torch.set_float32_matmul_precision`` allows it (TensorFloat32 on CUDA): then what is not near, costs above
             (sqrt(d) + 4) / 1024 of \|x\|^2 + \|y\|^2 about the mean point (of 1 for the cosine), is right to 1/256 of
-            these. bfloat16 products of a CPU with AMX round more than that: equal points may then cost more than 0.
+            these. With ``"medium"``, on a CPU with AMX, equal points were seen to cost more than 0.
         max_iter, tol, check_every, row_lengths, col_lengths, init, grad, return_plan: as in :func:`sinkhorn`.
 
     Returns:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,9 +116,10 @@ def test_costs_that_are_not_near_are_those_of_the_product(dtype: torch.dtype, me
 @every_metric
 def test_products_of_less_precision(metric: str, precision: str, device: str, request: pytest.FixtureRequest) -> None:
     """TensorFloat32 or bfloat16 where the machine has them: points that coincide are still told from others."""
-    if (device, precision) == ("cpu", "medium"):
-        fault = "a fault: with AMX, squared distances of d = 1 are wrong by more than the share that counts as near"
-        request.applymarker(pytest.mark.xfail(reason=fault, strict=False))
+    cpuinfo = Path("/proc/cpuinfo")
+    has_amx = cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text()
+    if has_amx and metric != "cosine" and (device, precision) == ("cpu", "medium"):  # everywhere else it has to pass
+        request.applymarker(pytest.mark.xfail(reason="a fault: equal points cost more than 0", strict=False))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:

@@ -176,8 +176,9 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T>& x) {
   *reinterpret_cast<uint4*>(p) = bits;
 }
 
-// 16 bytes from global to shared memory, on their way while the thread goes on. end_of_copies() closes a group of them; after wait_for_copies<N>() all but the last N groups of this thread are
-// there, for this thread. Both addresses are 16-byte aligned.
+// 16 bytes from global to shared memory, on their way while the thread goes on. end_of_copies() closes a group of them;
+// after wait_for_copies<N>() all but the last N groups of this thread are there, for this thread. Both addresses are
+// 16-byte aligned. Before compute capability 8.0 the thread copies by itself.
 template <class T>
 __device__ __forceinline__ void start_copy(T* shared, const T* global) {
 #if __CUDA_ARCH__ >= 800
